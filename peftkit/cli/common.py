@@ -1,0 +1,46 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from peftkit.config import ConfigError, suggest
+
+
+def stderr() -> Console:
+    """Where progress goes: standard output stays free for results."""
+    return Console(stderr=True)
+
+
+def stdout() -> Console:
+    """Where results go; wide in a file or a pipe, so that tables are not cut."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def quiet_libraries() -> None:
+    """Takes the libraries' own progress bars out of log files, and their advice out of sight; warnings stay."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes of this installation by name: beside a checkout's package, or packed into the wheel."""
+    package = Path(__file__).parents[1]
+    folder = next((place for place in (package / "recipes", package.parent / "recipes") if place.is_dir()), None)
+    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))} if folder else {}
+
+
+def recipe_path(name: str) -> str:
+    """The file of a recipe given by path or by name."""
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+        return name
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise ConfigError(f"no recipe file and no shipped recipe is called {name!r}{suggest(name, shipped)} (shipped: {', '.join(shipped)})")
+    return str(shipped[name])

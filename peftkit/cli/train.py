@@ -1,0 +1,35 @@
+"""peftkit run, peftkit check."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe (YAML), or the name of one of `peftkit recipes`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as train.max_steps=50.")]
+
+
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
+) -> None:
+    """Train, evaluate, save."""
+    from peftkit.cli.common import quiet_libraries, recipe_path, stderr
+    from peftkit.cli.print import print_result
+    from peftkit.run import run as run_recipe
+
+    quiet_libraries()
+    result = run_recipe(recipe_path(recipe), overrides or [], resume, stderr())
+    print_result(result)
+
+
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """All that can be known before training, without training: recipe, data, what would be adapted, memory of the weights."""
+    from peftkit.check import check as check_recipe
+    from peftkit.cli.common import quiet_libraries, recipe_path
+    from peftkit.cli.print import print_check
+
+    quiet_libraries()
+    print_check(check_recipe(recipe_path(recipe), overrides or []))

@@ -1,0 +1,80 @@
+"""Packs examples into bins of `max_length` tokens and turns bins into batches in which no example sees another."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Any
+
+from peftkit.data.render import Example
+
+IGNORED = -100  # the label that the loss leaves out
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
+    """Bins of at most `max_length` tokens by best-fit decreasing: each example goes where the least space is left.
+
+    The order of the data stays: examples within a bin, and bins by their first example. Raises ValueError for an
+    example longer than `max_length`.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    bins: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for index in sorted(range(len(examples)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        if length > max_length:
+            raise ValueError(f"{examples[index].where} has {length} tokens and cannot be packed into {max_length}")
+        place = bisect_left(spaces, (length, -1))
+        if place < len(spaces):
+            free, number = spaces.pop(place)
+        else:
+            free, number = max_length, len(bins)
+            bins.append([])
+        bins[number].append(index)
+        insort(spaces, (free - length, number))
+    return [[examples[i] for i in members] for members in sorted(sorted(members) for members in bins)]
+
+
+def collate(bins: Sequence[Sequence[Example]], pad_token_id: int, pad_to: int | None = None) -> dict[str, Any]:
+    """One row per bin, padded on the right to the longest, or to `pad_to` tokens.
+
+    - `input_ids` (rows, length)
+    - `labels` (rows, length): -100 where not trained, and at the first token of every document, which the token before
+      it (another document's last) must not predict. Not shifted: the model predicts label i from position i - 1.
+    - `position_ids` (rows, length): from 0 in every document; padding counts as a document of its own.
+    - `attention_mask` (rows, length), only where no bin holds more than one document. Where it is absent, transformers
+      keeps documents apart by the restarts of `position_ids`, but not where it builds a key-value cache, so that
+      **the model must be called with `use_cache=False`**.
+    - `document_lengths`: the real tokens of each document in each row, as lists.
+
+    Raises ValueError for an empty batch and for a bin longer than `pad_to`.
+    """
+    import torch
+
+    if not bins:
+        raise ValueError("a batch needs at least one bin")
+    lengths = [[len(example.input_ids) for example in row] for row in bins]
+    longest = max(map(sum, lengths))
+    if pad_to is not None and longest > pad_to:
+        raise ValueError(f"a bin has {longest} tokens and cannot be padded to {pad_to}")
+    width = pad_to or longest
+    input_ids = torch.full((len(bins), width), pad_token_id)
+    labels = torch.full((len(bins), width), IGNORED)
+    position_ids = torch.zeros(len(bins), width, dtype=torch.long)
+    attention_mask = torch.zeros(len(bins), width, dtype=torch.long)
+    for i, row in enumerate(bins):
+        start = 0
+        for example in row:
+            end = start + len(example.input_ids)
+            ids, trained = torch.tensor(example.input_ids), torch.tensor(example.trained)
+            input_ids[i, start:end] = ids
+            labels[i, start:end] = torch.where(trained, ids, IGNORED)
+            labels[i, start] = IGNORED
+            position_ids[i, start:end] = torch.arange(end - start)
+            start = end
+        position_ids[i, start:] = torch.arange(width - start)
+        attention_mask[i, :start] = 1
+    batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "document_lengths": lengths}
+    if all(len(row) == 1 for row in bins):
+        batch["attention_mask"] = attention_mask
+    return batch

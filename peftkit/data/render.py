@@ -1,0 +1,326 @@
+"""Renders rows with the chat template into token ids, and marks the tokens that are trained.
+
+The marks come from the template's own spans. A template with `{% generation %}` markers says what the assistant wrote.
+For any other, the span of an assistant turn is what the template adds when that turn follows its generation prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError
+
+from peftkit.config import ConfigError
+from peftkit.data.read import BadRow, DataConfig, Record, Row, find_format, normalise
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1000  # rows tokenised at once: enough to keep the tokenizer busy, little enough for their offsets to fit in memory
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row ready for training."""
+
+    input_ids: list[int]
+    trained: list[bool]
+    """Token i is supervised: the model learns to write it. False for the first, which nothing precedes."""
+
+    where: str
+    prompt_ids: list[int] = field(default_factory=list)
+    """What generation starts from: all before the last assistant turn and the generation prompt. Empty for text."""
+
+    answer: str = ""
+    """The last assistant turn as text, stripped: the reference for generated answers. Empty for text."""
+
+
+@dataclass
+class Draft:
+    """A row on its way to an Example: text with character spans to train, or ids with their marks already."""
+
+    row: Row
+    text: str = ""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    prompt: str = ""
+    answer: str = ""
+    ids: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+
+
+def render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig, where: str = "row") -> Example:
+    """One row, in any of the known formats, as an Example. Raises ConfigError where it cannot be used."""
+    record = Record(where, row)
+    example = Renderer(tokenizer, config)([normalise(record, find_format([record], config, where), config)])[0]
+    if isinstance(example, BadRow):
+        raise ConfigError(f"{example.where}: {example.reason}")
+    return example
+
+
+class Renderer:
+    """Rows to Examples for one tokenizer, counting on the way what a user should know of.
+
+    Raises ConfigError for a tokenizer that cannot tell where in the text a token stands, and for chats where it has no
+    chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a token covers; use a fast one"
+            )
+        self.tokenizer, self.config = tokenizer, config
+        self.template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+        self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.template))
+        self.takes_tools = bool(re.search(r"\btools\b", self.template))
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.adds_bos = self.bos is not None and tokenizer("")["input_ids"][:1] == [self.bos]
+        special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids, self.special_texts = set(special), tuple(special.values())
+        self.truncated = 0
+        self.counts: Counter[str] = Counter()
+        self.endings: Counter[int | None] = Counter()  # the last trained token of each whole row; None: not a special one
+
+    def __call__(self, rows: Sequence[Row | BadRow]) -> list[Example | BadRow]:
+        """The rows in their order, each as an Example or with what is wrong with it."""
+        return [done for start in range(0, len(rows), CHUNK) for done in self.chunk(rows[start : start + CHUNK])]
+
+    def chunk(self, rows: Sequence[Row | BadRow]) -> Iterator[Example | BadRow]:
+        drafts = [row if isinstance(row, BadRow) else self.draft(row) for row in rows]
+        good = [draft for draft in drafts if isinstance(draft, Draft)]
+        texts = [draft for draft in good if not draft.ids]
+        for draft, (ids, offsets) in zip(texts, self.encode([draft.text for draft in texts]), strict=True):
+            draft.ids, draft.trained = ids, mark(offsets, draft.spans)
+        prompts = iter(self.encode([draft.prompt for draft in good]))
+        for draft in drafts:
+            yield draft if isinstance(draft, BadRow) else self.finish(draft, next(prompts)[0])
+
+    def encode(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, character offsets) of each text; nothing is added to it."""
+        if not texts:
+            return []
+        out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+
+    # From rows to text and spans
+
+    def draft(self, row: Row) -> Draft | BadRow:
+        try:
+            if not row.messages:
+                return Draft(row, row.text, [(0, len(row.text))])
+            if not self.template:
+                return self.draft_plain(row)
+            return self.draft_marked(row) if self.has_markers else self.draft_by_prefix(row)
+        except (TemplateError, TypeError) as error:
+            return BadRow(row.where, f"the chat template refuses the row: {error}")
+        except ValueError as error:
+            return BadRow(row.where, str(error))
+
+    def draft_plain(self, row: Row) -> Draft:
+        """`{prompt}\\n{completion}{eos}`; instructions have the headings Instruction, Input and Response."""
+        if row.plain_prompt is None:
+            raise ConfigError(
+                f"{row.where}: rows of chat turns need a chat template, and this tokenizer has none: use the instruction-tuned form "
+                "of the model, set tokenizer.chat_template, or give the rows as prompt and completion"
+            )
+        answer = row.messages[-1]["content"]
+        start = 0 if self.config.loss_on == "all" else len(row.plain_prompt)
+        text = row.plain_prompt + answer
+        return Draft(row, text, [(start, len(text))], row.plain_prompt, answer.strip())
+
+    def draft_marked(self, row: Row) -> Draft:
+        """Ids and marks by the template's `{% generation %}` markers."""
+        messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
+        out = self.tokenizer.apply_chat_template(
+            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        )
+        ids, trained = list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
+        spans = runs(trained)
+        # Neighbouring assistant turns may run into one another; fewer spans than that means that some were not found.
+        expected = sum(turn - 1 not in turns for turn in turns if messages[turn]["content"])
+        if self.config.loss_on != "all" and len(spans) < expected:
+            raise ValueError(
+                f"the chat template's generation markers cover {len(spans)} of {expected} assistant turns; use another template"
+            )
+        if self.config.loss_on == "all":
+            trained, spans = [True] * len(ids), []
+        elif self.config.loss_on == "last":
+            trained, spans = [False] * len(ids), spans[-1:]
+        for start, end in spans:
+            # A template may close the markers before the end-of-turn token, which is to be learned all the same.
+            if end < len(ids) and ids[end - 1] not in self.special_ids and ids[end] in self.special_ids:
+                end += 1
+            trained[start:end] = [True] * (end - start)
+        last = turns[-1] if turns else 0
+        prompt = self.chat(messages[:last], tools, prompt=True) if last else ""
+        return Draft(row, prompt=prompt, answer=answer_text(messages, turns), ids=ids, trained=trained)
+
+    def draft_by_prefix(self, row: Row) -> Draft:
+        """The span of turn i is what `messages[:i + 1]` adds to `messages[:i]` with the generation prompt."""
+        messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
+        text, spans, prompt = self.chat(messages, tools), [], ""
+        if self.config.loss_on == "all":
+            prompt = self.chat(messages[: turns[-1]], tools, prompt=True) if turns and turns[-1] else ""
+            return Draft(row, text, [(0, len(text))], prompt, answer_text(messages, turns))
+        for turn in turns if self.config.loss_on == "assistant" else turns[-1:]:
+            if turn == 0:
+                raise ValueError(
+                    "the first turn is the assistant's, and only a template with {% generation %} markers can tell where it begins"
+                )
+            prompt = self.chat(messages[:turn], tools, prompt=True)
+            until = self.chat(messages[: turn + 1], tools) if turn + 1 < len(messages) else text
+            if not (until.startswith(prompt) and text.startswith(until)):
+                other = "set loss_on: last, or " if self.config.loss_on == "assistant" and len(turns) > 1 else ""
+                raise ValueError(
+                    f"turn {turn}: the chat template writes something else before the answer than before the turn is there, or changes "
+                    f"the turn once later ones follow, so its tokens cannot be told; {other}use a template with {{% generation %}} markers"
+                )
+            written = until[len(prompt) :]
+            if prompt == self.chat(messages[:turn], tools):
+                # The template has no generation prompt: the header of the turn is found by what follows it.
+                header = written[: max(0, written.find((messages[turn]["content"] or "").strip()))]
+                prompt, written = prompt + header, written[len(header) :]
+            # A line break after the end-of-turn token is the template's, not the model's: generation has stopped by then.
+            if written.rstrip().endswith(self.special_texts):
+                written = written.rstrip()
+            spans.append((len(prompt), len(prompt) + len(written)))
+        return Draft(row, text, spans, prompt, answer_text(messages, turns))
+
+    def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+
+    def tools(self, row: Row) -> list[Any] | None:
+        """The row's tools, where the template knows what to do with them."""
+        if not self.takes_tools or not row.tools:
+            return None
+        try:
+            tools = json.loads(row.tools) if isinstance(row.tools, str) else row.tools
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'tools' is not JSON ({error.msg}, column {error.colno})") from error
+        if not isinstance(tools, list):
+            raise ValueError("'tools' must be a list of tool descriptions")
+        return tools or None
+
+    # From text and spans to examples
+
+    def finish(self, draft: Draft, prompt_ids: list[int]) -> Example | BadRow:
+        row, ids, trained, longest = draft.row, draft.ids, draft.trained, self.config.max_length
+        if not (row.messages and self.template):  # nothing but the text so far: the tokenizer's own first token, and an end
+            first = [self.bos] if self.adds_bos else []
+            last = [self.eos] if self.eos is not None and ids[-1:] != [self.eos] else []
+            ids, trained = first + ids + last, [self.config.loss_on == "all"] * len(first) + trained + [True] * len(last)
+            prompt_ids = first + prompt_ids if row.messages else []
+        if self.bos is not None and ids[:2] == [self.bos, self.bos]:
+            self.counts["BOS stood twice at the start and was kept once"] += 1
+            while ids[:2] == [self.bos, self.bos]:
+                ids, trained = ids[1:], trained[1:]
+            while prompt_ids[:2] == [self.bos, self.bos]:
+                prompt_ids = prompt_ids[1:]
+        trained = [False, *trained[1:]]  # nothing comes before the first token to predict it from
+        supervised = sum(trained)
+        if not supervised:
+            return BadRow(row.where, "no token of it would be trained")
+        if len(ids) > longest:
+            if self.config.truncation == "drop":
+                return BadRow(row.where, f"{len(ids)} tokens, and max_length is {longest}", too_long=True)
+            self.truncated += 1
+            if not any(trained[:longest]):
+                return BadRow(row.where, f"all {supervised} trained tokens lie beyond max_length {longest} (the row has {len(ids)})")
+            ids, trained = ids[:longest], trained[:longest]
+        elif self.config.loss_on != "all":
+            start, end = runs(trained)[-1]
+            self.endings[ids[end - 1] if ids[end - 1] in self.special_ids | {self.eos} else None] += 1
+            if row.messages and prompt_ids != ids[:start]:
+                self.counts["the tokens generation starts from are not those before the last answer in training"] += 1
+        return Example(ids, trained, row.where, prompt_ids, draft.answer)
+
+    def notes(self) -> list[str]:
+        """What was seen on the way, in sentences."""
+        notes = [f"{count} rows: {what}" for what, count in self.counts.items()]
+        for ending, count in self.endings.most_common():
+            if ending is None:
+                notes.append(f"{count} rows end with no special token: what is trained on them may not learn to stop")
+            elif ending != self.eos:
+                names = [repr(token and self.tokenizer.convert_ids_to_tokens(token)) for token in (ending, self.eos)]
+                notes.append(
+                    f"{count} rows end with {names[0]}, which is trained; the tokenizer's eos is {names[1]}: generation must stop at both"
+                )
+        if self.eos is not None and self.eos == self.tokenizer.pad_token_id:
+            notes.append("pad is the same token as eos; eos is trained all the same, because padding is told by its place, not by its id")
+        return notes
+
+
+def render_text(text: str, source: str, tokenizer: PreTrainedTokenizerBase, max_length: int, holdout: float, held: bool) -> list[Example]:
+    """One long text, tokenised once, in blocks of `max_length` tokens: those of its last share `holdout` where `held`,
+    the others where not."""
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    cut = len(ids) - round(len(ids) * holdout)
+    first, stop = (cut, len(ids)) if held else (0, cut)
+    blocks = [(start, min(start + max_length, stop)) for start in range(first, stop, max_length)]
+    return [
+        Example(ids[start:end], [False] + [True] * (end - start - 1), f"{source} tokens {start}:{end}")
+        for start, end in blocks
+        if end - start > 1
+    ]
+
+
+def answers(messages: list[dict[str, Any]]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def answer_text(messages: list[dict[str, Any]], turns: list[int]) -> str:
+    return (messages[turns[-1]]["content"] or "").strip() if turns else ""
+
+
+def mark(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """Token i is trained if it shares a character with a span: offsets (begin, end) of tokens, spans likewise."""
+    begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
+    trained = [False] * len(offsets)
+    for start, stop in spans:
+        first, last = bisect_right(ends, start), bisect_left(begins, stop)
+        trained[first:last] = [True] * (last - first)
+    return trained
+
+
+def runs(trained: list[bool]) -> list[tuple[int, int]]:
+    """(start, end) of each unbroken run of trained tokens."""
+    found, start = [], 0
+    for value, group in groupby(trained):
+        end = start + len(list(group))
+        if value:
+            found.append((start, end))
+        start = end
+    return found
+
+
+# Rows to look at
+
+
+def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+    """(text, trained) of each stretch. Decoded from the start each time: alone, a stretch may lose its first space."""
+    done, start = "", 0
+    for trained, group in groupby(example.trained):
+        start += len(list(group))
+        text = tokenizer.decode(example.input_ids[:start], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield text[len(done) :], trained
+        done = text
+
+
+def colour_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The row's text for a terminal: trained tokens green, all else dim, special tokens written out."""
+    from rich.text import Text
+
+    return Text.assemble(*((text, "bold green" if trained else "dim") for text, trained in pieces(example, tokenizer)))
+
+
+def marked_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row's text for a log: what is trained stands in `[[` and `]]`."""
+    return "".join(f"[[{text}]]" if trained else text for text, trained in pieces(example, tokenizer))

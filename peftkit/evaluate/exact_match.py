@@ -1,0 +1,60 @@
+"""Exact match by greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SLACK = 8  # tokens that an answer may run over the longest reference before it is cut
+
+
+class Prediction(NamedTuple):
+    """One answer beside its reference."""
+
+    prediction: str
+    answer: str
+
+    @property
+    def correct(self) -> bool:
+        return self.prediction == self.answer
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:  # fmt: skip
+    """The greedy answers to token prompts, in their order, decoded without special tokens and stripped.
+
+    Prompts of like length share a batch, padded on the left.
+    """
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in chosen)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+        output: Any = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+        for i, text in zip(chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+        if progress:
+            progress(len(chosen))
+    return answers
+
+
+def exact_match(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], references: Sequence[str], batch_size: int,
+    max_new_tokens: int | None = None, progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:  # fmt: skip
+    """Greedy answers beside their references; by default an answer may be a little longer than the longest reference."""
+    if max_new_tokens is None:
+        max_new_tokens = max(len(ids) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]) + SLACK
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    return [Prediction(answer, reference.strip()) for answer, reference in zip(answers, references, strict=True)]

@@ -1,0 +1,110 @@
+"""Merging adapters into their base: a plain Hugging Face model again, checked against the model that was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftkit import quant
+from peftkit.layers import adapter_layers, dense_weight, swap
+from peftkit.methods.attach import attachment, forget
+
+
+class MergeError(RuntimeError):
+    """The merged model does not compute what the adapted one computed."""
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """How far the merged model's logits are from the adapted model's, on the same tokens."""
+
+    max_difference: float
+    """Largest absolute difference of a logit."""
+    kl: float
+    """Mean KL divergence of the next-token distributions, nats."""
+    top1_agreement: float
+    """Share of positions with the same most likely token."""
+
+    def __str__(self) -> str:
+        return f"merged against adapted: max logit difference {self.max_difference:.3g}, KL {self.kl:.3g} nats, top-1 agreement {self.top1_agreement:.1%}"
+
+
+@torch.no_grad()
+def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Module:
+    """Folds the adapters into the weights, in place: a plain model without peftkit or quantised layers.
+
+    A quantised base is dequantised in its compute dtype: that is the model that was trained. `originals` (module name ->
+    weight (out, in)) merges into these weights instead, e.g. the 16-bit ones; it must name every adapted module.
+    """
+    attachment(model)
+    layers = adapter_layers(model)
+    missing = sorted(set(layers) - set(originals or layers))
+    if missing:
+        raise ValueError(f"no original weight for {len(missing)} adapted modules, such as {missing[0]}")
+    for name, layer in layers.items():
+        base = layer.base_layer
+        weight = layer.merged_weight(None if originals is None else originals[name].to(layer.role_parameters()["A"][1].device))
+        if quant.is_quantized(base):
+            base = _plain_linear(base, weight)
+        else:
+            base.weight = nn.Parameter(weight.T.contiguous() if isinstance(base, Conv1D) else weight, requires_grad=False)
+        swap(model, name, base)
+    for name, module in quant.quantized_modules(model).items():
+        swap(model, name, _plain_linear(module, dense_weight(module)))
+    forget(model)
+    _forget_quantization(model)
+    return model
+
+
+def _plain_linear(module: Any, weight: Tensor) -> nn.Linear:
+    """An nn.Linear with this weight (out, in) and the bias of `module`."""
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        plain.bias = nn.Parameter(module.bias.detach().to(weight.dtype), requires_grad=False)
+    return plain.train(module.training)
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """Takes transformers' marks of a quantised model away, so that it saves and moves like a plain one."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer", "hf_device_map"):
+        if mark in vars(model):
+            delattr(model, mark)
+
+
+def compare_logits(before: Tensor, after: Tensor) -> MergeCheck:
+    """The check from logits (rows, tokens, vocabulary) of the adapted and of the merged model."""
+    before, after = before.float(), after.float()
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    return MergeCheck(
+        max_difference=(before - after).abs().max().item(),
+        kl=(p.exp() * (p - q)).sum(-1).mean().item(),
+        top1_agreement=(before.argmax(-1) == after.argmax(-1)).float().mean().item(),
+    )
+
+
+@torch.no_grad()
+def merge_verified(model: nn.Module, input_ids: Tensor, max_kl: float = 1e-2, originals: dict[str, Tensor] | None = None) -> MergeCheck:
+    """`merge`, then a comparison of the logits on `input_ids` (rows, tokens) before and after.
+
+    Raises MergeError where the mean KL divergence is above `max_kl` nats. Merging into `originals` makes another model
+    than the trained one, so there the check only reports.
+    """
+    was_training = model.training
+    model.eval()
+    before = model(input_ids=input_ids).logits
+    merge(model, originals)
+    check = compare_logits(before, model(input_ids=input_ids).logits)
+    model.train(was_training)
+    if originals is None and not check.kl <= max_kl:
+        raise MergeError(f"the merged model is not the trained one (bound: KL {max_kl:g}); {check}")
+    return check
+
+

@@ -1,0 +1,192 @@
+"""Putting methods on a model and taking them off again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from peftkit import quant
+from peftkit.config import ConfigError
+from peftkit.layers import ADAPTER, AdapterLayer, adapter_layers, output_head, swap, trainable_parameters, unadapted_3d
+from peftkit.methods.base import Handle, Method
+
+_ATTRIBUTE = "_peftkit"
+
+
+@dataclass
+class Attachment:
+    """What `attach` left on a model: the methods, their handles, and what trained before."""
+
+    methods: list[Method]
+    handles: dict[str, Handle] = field(default_factory=dict)
+    trained_before: list[str] = field(default_factory=list)
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The record that `attach` left. Raises ValueError where the model has no adapters."""
+    found = vars(model).get(_ATTRIBUTE)
+    if found is None:
+        raise ValueError(f"this {type(model).__name__} has no peftkit adapters; call peftkit.attach first")
+    return found
+
+
+def check_methods(methods: Sequence[Method]) -> None:
+    """Raises ConfigError where the methods of a list contradict each other."""
+    for method in methods:
+        if not isinstance(method, Method):
+            raise ConfigError(f"expected methods such as peftkit.LoRA(r=8), got {method!r}")
+    swapping = [type(method).__name__ for method in methods if method.swaps_layers]
+    if len(swapping) > 1:
+        raise ConfigError(f"{' and '.join(swapping)} would both replace the linear layers; keep one of them")
+    repeated = [name for name, count in Counter(type(method).__name__ for method in methods).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"{repeated[0]} stands twice in the list of methods; keep one")
+
+
+def attach(model: nn.Module, methods: Method | Sequence[Method]) -> Summary:
+    """Adapts `model` in place with one method or a list of them, and freezes all else. Returns what was done.
+
+    The model keeps its class; `generate`, `save_pretrained`, transformers' Trainer and trl's SFTTrainer work on as before.
+    Raises ValueError where a target matches nothing or the model already has adapters (the model is then as it was).
+    """
+    methods = [methods] if isinstance(methods, Method) else list(methods)
+    check_methods(methods)
+    if vars(model).get(_ATTRIBUTE) is not None or adapter_layers(model):
+        raise ValueError("this model already has adapters; peftkit.detach or peftkit.merge them first")
+    if getattr(model, "peft_config", None):
+        raise ValueError("this model already has peft adapters; unload or merge them first")
+    quant.protect(model)
+    record = Attachment(methods, trained_before=[name for name, p in model.named_parameters() if p.requires_grad])
+    setattr(model, _ATTRIBUTE, record)
+    try:
+        model.requires_grad_(False)
+        for method in methods:
+            handle = method.attach(model)
+            if handle is not None:
+                record.handles[type(method).__name__] = handle
+        _open_doors(model, methods)
+        return describe(model)
+    except BaseException:
+        detach(model)
+        raise
+
+
+def _open_doors(model: nn.Module, methods: Sequence[Method]) -> None:
+    """Makes the model known to transformers as one that carries adapters.
+
+    Trainer and SFTTrainer train a quantised model only where `_hf_peft_config_loaded` is set; `save_pretrained` then asks
+    `peft_config` and the layers for the adapter, by peft's names.
+    """
+    swapping = [method for method in methods if method.swaps_layers]
+    if not swapping or not hasattr(model, "add_adapter"):  # not a transformers model
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    BaseTunerLayer.register(AdapterLayer)
+    model.peft_config = {ADAPTER: swapping[0].peft_config(sorted(adapter_layers(model)), model)}
+    model._hf_peft_config_loaded = True
+
+
+def forget(model: nn.Module) -> None:
+    """Takes the record, the handles and the marks for transformers off the model; adapter layers are the caller's."""
+    record = attachment(model)
+    for handle in record.handles.values():
+        handle.remove()
+    delattr(model, _ATTRIBUTE)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if name in vars(model):
+            delattr(model, name)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Takes the adapters off again: the base model, bit for bit, training what it trained before."""
+    record = attachment(model)
+    for name, layer in adapter_layers(model).items():
+        swap(model, name, layer.base_layer)
+    forget(model)
+    trained = set(record.trained_before)
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            parameter.requires_grad_(True)
+    return model
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model computes what its frozen base computes."""
+    layers = list(adapter_layers(model).values())
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enable_adapters(enabled)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was adapted, what trains, what it costs."""
+
+    methods: list[str]
+    modules: dict[str, int]
+    """Name ending of the adapted linears -> how many of them."""
+    trainable: dict[str, int]
+    """Role -> trained parameters."""
+    total_parameters: int
+    """Parameters of the base, 4-bit ones counted as the parameters they stand for."""
+    quantized: int
+    """How many linears are quantised."""
+    left_out: list[str]
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(self.trainable.values())
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        modules = ", ".join(f"{ending} x{count}" for ending, count in self.modules.items()) or "none"
+        roles = ", ".join(f"{role} {count:,}" for role, count in self.trainable.items()) or "nothing"
+        lines = [
+            f"methods    {', '.join(self.methods)}",
+            f"adapted    {sum(self.modules.values())} linears: {modules}" + (f" ({self.quantized} of the model's linears quantised)" if self.quantized else ""),
+            f"trains     {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2f}%): {roles}",
+        ]  # fmt: skip
+        return "\n".join(lines + [f"left out   {note}" for note in self.left_out])
+
+
+def describe(model: nn.Module) -> Summary:
+    """What the adapters on this model are; printed, it tells what trains and what was left out."""
+    record = attachment(model)
+    layers = adapter_layers(model)
+    trainable: Counter[str] = Counter()
+    for _, role, parameter in trainable_parameters(model):
+        trainable[role] += parameter.numel()
+    own = {id(parameter) for layer in layers.values() for _, parameter in layer.role_parameters().values()}
+    total = sum(_stands_for(parameter) for parameter in model.parameters() if id(parameter) not in own)
+    left_out = []
+    head = output_head(model)
+    if layers and head is not None and not isinstance(head, AdapterLayer):
+        name = next((name for name, module in model.named_modules() if module is head), "the output head")
+        left_out.append(f"{name} (output head; name it in target_modules to adapt it)")
+    experts = unadapted_3d(model)
+    if experts:
+        left_out.append(f"{len(experts)} expert tensors of {sum(experts.values()):,} bytes, such as {next(iter(experts))}: neither adapted nor quantised")
+    return Summary(
+        methods=[type(method).__name__ for method in record.methods],
+        modules=dict(Counter(name.rsplit(".", 1)[-1] for name in layers)),
+        trainable=dict(trainable),
+        total_parameters=total,
+        quantized=len(quant.quantized_modules(model)),
+        left_out=left_out,
+    )
+
+
+def _stands_for(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

@@ -1,0 +1,85 @@
+"""NEFTune: Jain et al. 2023, arXiv 2310.05914."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftkit.methods.base import Handle, Method
+
+
+class NEFTune(Method):
+    """Uniform noise on the input embeddings in training: e + alpha / sqrt(L d) * U(-1, 1).
+
+    L is the number of real tokens of the sample (of the document, where rows are packed) and d the width; padding gets
+    no noise. transformers and trl use the padded length instead: `length: padded` does as they do.
+    """
+
+    alpha: float = Field(5.0, gt=0)
+    """Size of the noise; the paper uses 5, 10 and 15."""
+    length: Literal["real", "padded"] = "real"
+    """What L counts: the sample's own tokens, or the padded row (as transformers does)."""
+    seed: int = 0
+    """Seed of the noise's own generator."""
+
+    def attach(self, model: nn.Module) -> Handle | None:
+        getter = getattr(model, "get_input_embeddings", None)
+        embedding = getter() if getter else None
+        if embedding is None:
+            raise ValueError(f"neftune needs the model's input embeddings, and {type(model).__name__} does not name them")
+        return Noise(self, model, embedding)
+
+
+class Noise(Handle):
+    """The two hooks that make the noise: one on the model that sees the lengths, one on the embedding that adds it."""
+
+    def __init__(self, config: NEFTune, model: nn.Module, embedding: nn.Module):
+        self.config, self.inputs = config, {}
+        device = next(embedding.parameters()).device
+        self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(config.seed)
+        self.hooks = [
+            model.register_forward_pre_hook(self._remember, with_kwargs=True),
+            embedding.register_forward_hook(self._add),
+        ]
+
+    def _remember(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.inputs = {key: kwargs.get(key) for key in ("attention_mask", "position_ids")} if model.training else {}
+
+    def _add(self, embedding: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if not embedding.training:
+            return output
+        lengths = self._lengths(output)  # (rows, tokens)
+        noise = torch.rand(output.shape, generator=self.generator, device=self.generator.device).mul_(2).sub_(1)
+        size = torch.where(lengths > 0, self.config.alpha / (lengths * output.shape[-1]).clamp_min(1).sqrt(), 0.0)
+        return output + (noise.to(output.device) * size.unsqueeze(-1)).to(output.dtype)
+
+    def _lengths(self, output: Tensor) -> Tensor:
+        """For every token the number of real tokens in its sample, 0 on padding (rows, tokens)."""
+        rows, tokens = output.shape[:2]
+        if self.config.length == "padded":
+            return torch.full((rows, tokens), float(tokens), device=output.device)
+        mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
+        if positions is not None and positions.shape == (rows, tokens):
+            document = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)  # (rows, tokens)
+            same = nn.functional.one_hot(document).to(output.device, torch.float32)  # (rows, tokens, documents)
+            if mask is not None and mask.shape == (rows, tokens):
+                same = same * mask.unsqueeze(-1)
+            return (same * same.sum(1, keepdim=True)).sum(-1)
+        if mask is not None and mask.shape == (rows, tokens):
+            mask = mask.to(output.device, torch.float32)
+            return mask * mask.sum(1, keepdim=True)
+        return torch.full((rows, tokens), float(tokens), device=output.device)
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+

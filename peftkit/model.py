@@ -1,0 +1,134 @@
+"""Loading a Hugging Face model and its tokenizer in the wanted precision."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from peftkit import quant
+from peftkit.config import Config, ConfigError, suggest
+
+BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN_MODELS = ("tiny",)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelConfig(Config):
+    """The base model of a recipe."""
+
+    name: str
+    """A hub id, a local folder, or builtin:tiny."""
+    quantize: Literal["nf4", "fp4", "int8"] | None = None
+    """How the linear layers are stored; null keeps them as they are. 4 bits always come with double quantisation."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of what is not quantised and of all arithmetic; auto is bfloat16 where the hardware has it, else float32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention backend; auto is transformers' choice."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+
+def best_dtype() -> torch.dtype:
+    """bfloat16 where this machine computes in it natively, else float32 (fp16 overflows in many models)."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return torch.backends.mps.is_available()
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags))
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype that a recipe's or caller's `dtype` means."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in (None, "auto"):
+        return best_dtype()
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)} (there are: auto, {', '.join(DTYPES)})")
+    return DTYPES[dtype]
+
+
+def locate(name: str) -> str:
+    """What transformers is to load for `name`: a folder or a hub id. Raises ConfigError for what can be neither."""
+    if name.startswith("builtin:"):
+        model = name.removeprefix("builtin:")
+        if model not in BUILTIN_MODELS:
+            raise ConfigError(f"unknown built-in model {name!r}{suggest(model, BUILTIN_MODELS)} (there is: builtin:tiny)")
+        return str(BUILTIN / model)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ConfigError(f"model: {name} is a folder without config.json, so not a Hugging Face model")
+        return str(path)
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], 1)
+        raise ConfigError(f"model: there is no folder {name}" + (f"; did you mean {near[0]!r} in {path.parent}?" if near else ""))
+    return name
+
+
+def _from_hub(what: str, name: str, load: Any, **options: Any) -> Any:
+    """`load(name, **options)`, with transformers' many ways to fail told in one line."""
+    try:
+        return load(locate(name), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model: cannot load the {what} of {name!r}: {reason}\n"
+            "  a name that is no local folder is looked up on the Hugging Face hub: check its spelling, the network, "
+            "HF_HUB_OFFLINE, and for gated models `hf auth login`"
+        ) from error
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The model's config.json, without its weights."""
+    return _from_hub("config", name, AutoConfig.from_pretrained, revision=revision)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None where its folder holds none."""
+    place = Path(locate(name))
+    if place.is_dir() and not any((place / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+        return None
+    return _from_hub("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision)
+
+
+def load(
+    name: str,
+    quantize: quant.Quantization | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str = "auto",
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The causal language model `name` (a hub id, a local folder or builtin:tiny) and its tokenizer, ready to attach to.
+
+    quantize: "nf4" or "fp4" (with double quantisation), "int8", or None. dtype: of the arithmetic and of what is not
+    quantised; by default bfloat16 where the hardware has it, else float32. The tokenizer is None where there is none.
+    Raises ConfigError where the model cannot be found.
+    """
+    if quantize not in (None, "nf4", "fp4", "int8"):
+        raise ConfigError(f"unknown quantisation {quantize!r}{suggest(str(quantize), ('nf4', 'fp4', 'int8'))} (there are: nf4, fp4, int8)")
+    dtype = resolve_dtype(dtype)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    if quantize is not None:
+        options["quantization_config"] = quant.quantization_config(quantize, dtype)
+        options["device_map"] = {"": device}
+    model = _from_hub("weights", name, AutoModelForCausalLM.from_pretrained, **options)
+    if quantize is None:
+        model = model.to(device)
+    quant.protect(model)
+    return model, load_tokenizer(name, revision)

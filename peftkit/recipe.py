@@ -1,0 +1,93 @@
+"""Recipe: the configs of all stages put together, and the checks between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from peftkit.config import Config, ConfigError, Source, apply_overrides, dump_yaml, read_yaml, validate
+from peftkit.data import DataConfig
+from peftkit.evaluate import EvalConfig
+from peftkit.methods import Method, from_recipe, to_recipe
+from peftkit.model import ModelConfig, locate
+from peftkit.train import TrainConfig
+
+
+class Recipe(Config):
+    """What to do: base model, methods, data, training, evaluation, and where the results go."""
+
+    model: ModelConfig
+    methods: list[dict[str, dict[str, Any]]] = []
+    """The methods by name, in any combination that makes sense: [{lora: {r: 8}}, {loraplus: {ratio: 16}}]."""
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    output_dir: str
+    """The run folder."""
+
+    def build_methods(self) -> list[Method]:
+        return from_recipe(self.methods)
+
+    @property
+    def quantize(self) -> str | None:
+        """How the base is stored: as the model section says, else as a method wishes."""
+        wishes = [wish for method in self.build_methods() if (wish := method.quantize())]
+        return self.model.quantize or (wishes[0] if wishes else None)
+
+
+def load_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, a dict or as it is, with `key=value` overrides, validated as a whole.
+
+    Raises ConfigError with file, line, key and a suggestion for everything that is wrong with it.
+    """
+    if isinstance(recipe, Recipe):
+        if not overrides:
+            return recipe
+        recipe = recipe.model_dump()
+    source = Source(recipe, "recipe") if isinstance(recipe, dict) else read_yaml(recipe)
+    source = apply_overrides(source, list(overrides))
+    listed = source.data.get("methods", [])
+    if isinstance(listed, list):  # a bare name is short for the method with its defaults
+        source.data["methods"] = [{entry: {}} if isinstance(entry, str) else entry for entry in listed]
+    methods = from_recipe(source.data.get("methods", []), source)
+    source.data["methods"] = to_recipe(methods)
+    found = validate(Recipe, source)
+    _check(found, methods, source)
+    return found
+
+
+def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
+    """What no single stage can see."""
+
+    def wrong(keys: tuple[str, ...], problem: str) -> ConfigError:
+        return ConfigError(source.problem(keys, problem))
+
+    swapping = [method for method in methods if method.swaps_layers]
+    full, quantize = recipe.train.full_finetuning, recipe.model.quantize
+    if full and swapping:
+        raise wrong(("methods",), "full_finetuning trains the base itself; leave out the adapter methods or set train.full_finetuning: false")
+    if full and recipe.quantize:
+        raise wrong(("model", "quantize"), "a quantised base cannot be trained in full; use qlora, or quantize: null")
+    if not full and not swapping:
+        raise wrong(("methods",), "nothing would train; add lora, dora or qlora, or set train.full_finetuning: true")
+    wishes = {wish for method in methods if (wish := method.quantize())}
+    if wishes and quantize not in (None, "nf4", "fp4"):
+        raise wrong(("model", "quantize"), f"qlora needs a 4-bit base, not {quantize}; use nf4, or lora instead of qlora")
+    if any(type(method).__name__ == "LoRAPlus" for method in methods) and not swapping:
+        raise wrong(("methods",), "loraplus sets the learning rate of B matrices; add lora, dora or qlora")
+    if recipe.train.optimizer == "paged_adamw_8bit":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise wrong(("train", "optimizer"), "paged_adamw_8bit needs a GPU; use adamw here")
+    if "exact_match" in recipe.eval.metrics and not (recipe.data.eval or recipe.data.holdout):
+        raise wrong(("eval", "metrics"), "exact_match needs an evaluation set: give data.eval or data.holdout")
+    locate(recipe.model.name)
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out: what goes into the run folder."""
+    return dump_yaml(recipe)

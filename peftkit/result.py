@@ -1,0 +1,113 @@
+"""Result: the record of one run, and the folder it lives in."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("peftkit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did: scores before and after, cost, adapter, and all it takes to do it again."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    train: dict[str, Any]
+    adapter: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    output_dir: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of result.json."""
+        found = asdict(self)
+        del found["output_dir"]
+        return found
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The hardware that matters for speed and memory."""
+    found: dict[str, Any] = {"platform": platform.system(), "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory}
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux: the standard library's guess
+        return platform.processor()
+    return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(new, path)
+
+
+class MetricsLog:
+    """metrics.jsonl: one line per logged step; a resumed run drops what the killed one wrote beyond its checkpoint."""
+
+    def __init__(self, path: Path, start: int):
+        self.path = path
+        kept = [line for line in self.read(path) if line["step"] <= start] if start and path.exists() else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        lines = []
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+                break
+        return lines
+
+
+def plot_loss(metrics: Path, path: Path, before: float | None, after: float | None) -> None:
+    """The training loss by step, and the evaluation loss at both ends, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = MetricsLog.read(metrics)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label="training")
+    if before is not None and after is not None and lines:
+        axes.plot([0, lines[-1]["step"]], [before, after], "o", label="evaluation")
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,208 @@
+"""run(recipe) -> Result: the whole way on one screen, and the only place that knows the order of the stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from peftkit import data, evaluate, methods
+from peftkit import train as training
+from peftkit.checkpoint import checkpoints, save_adapter
+from peftkit.config import ConfigError, read_yaml
+from peftkit.console import bar
+from peftkit.loss import TokenLoss
+from peftkit.model import best_dtype, load, load_tokenizer, resolve_dtype
+from peftkit.optim import build_optimizer
+from peftkit.recipe import Recipe, load_recipe, resolved
+from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json
+
+
+def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), resume: bool = False, console: Console | None = None) -> Result:
+    """Trains and evaluates as `recipe` (a YAML file, a dict or a Recipe) says; everything lands in its `output_dir`.
+
+    overrides: "train.max_steps=50", ... With resume, goes on from the newest checkpoint in `output_dir`, to the same
+    result as a run that was never stopped. Raises ConfigError for a wrong recipe or data, TrainingStopped where training
+    went wrong.
+    """
+    recipe = load_recipe(recipe, overrides)
+    console = console or Console(stderr=True)
+    accelerator = Accelerator(mixed_precision="bf16" if recipe.train.full_finetuning and best_dtype().itemsize == 2 else "no")
+    console.quiet = console.quiet or not accelerator.is_main_process
+    folder = open_folder(recipe, resume, accelerator)
+
+    tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+    sets = load_sets(recipe, tokenizer, console)
+    set_seed(recipe.train.seed)
+    model, _ = load(
+        recipe.model.name, recipe.quantize, "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype),
+        device=accelerator.device, attention=recipe.model.attention, revision=recipe.model.revision,
+    )  # fmt: skip
+    handles = {}
+    if not recipe.train.full_finetuning or recipe.methods:
+        summary = methods.attach(model, recipe.build_methods())
+        handles = methods.attachment(model).handles
+        console.print(str(summary), highlight=False, markup=False)
+    if recipe.train.full_finetuning:
+        model.requires_grad_(True)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = TokenLoss(model)
+    optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
+
+    scores = Scorer(recipe, model, tokenizer, loss, sets, console)
+    before = scores.before(folder, resume) if recipe.eval.before else {}
+    stats = train(recipe, loss, model, optimizer, sets, accelerator, folder, handles, console, resume)
+    accelerator.wait_for_everyone()
+    after = scores.score("after", folder / "predictions.jsonl")
+
+    adapter = save(model, recipe, folder) if accelerator.is_main_process else {}
+    result = Result(before, after, stats.summary(), adapter, recipe.model_dump(), versions(), machine(), str(folder))
+    if accelerator.is_main_process:
+        write_json(folder / "result.json", result.to_json())
+        plot_loss(folder / "metrics.jsonl", folder / "loss.png", before.get("loss"), after.get("loss"))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- the steps of the way
+
+
+def open_folder(recipe: Recipe, resume: bool, accelerator: Accelerator) -> Path:
+    """The run folder with the resolved recipe in it. Refuses one that holds another run, unless that one is resumed."""
+    folder = Path(recipe.output_dir)
+    written = folder / "recipe.yaml"
+    if resume:
+        if not written.exists():
+            raise ConfigError(f"output_dir: nothing to resume in {folder}: it holds no recipe.yaml")
+        changed = differences(read_yaml(written).data, recipe.model_dump())
+        if changed:
+            raise ConfigError(f"output_dir: {folder} holds a run of another recipe, which cannot be resumed with this one:\n  " + "\n  ".join(changed))
+        return folder
+    if checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
+        raise ConfigError(
+            f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir"
+        )
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in ("adapter", "model", "checkpoints"):
+            shutil.rmtree(folder / old, ignore_errors=True)
+        for old in ("result.json", "before.json", "metrics.jsonl", "predictions.jsonl", "loss.png"):
+            (folder / old).unlink(missing_ok=True)
+        written.write_text(resolved(recipe))
+    return folder
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Lines "key: old -> new" for every leaf that differs between two plain structures."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{at}.{i}")]
+    return [] if old == new else [f"{at}: {old!r} -> {new!r}"]
+
+
+def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, list[data.Example]]:
+    """The examples of "train", "eval" and every retained set. Raises ConfigError where there is nothing to train on."""
+    if tokenizer is None:
+        raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
+    sets = {}
+    for split in ("train", "eval"):
+        sets[split], report = data.load_examples(recipe.data, tokenizer, split)
+        for line in report.lines():
+            console.print(line, highlight=False, markup=False)
+    for name in recipe.eval.retained:
+        config = recipe.data.model_copy(update={"train": name, "eval": None, "holdout": 0.0, "train_rows": recipe.eval.retained_rows, "columns": None})
+        sets[name], _ = data.load_examples(config, tokenizer, "train")
+    for name in recipe.eval.retained + (["eval"] if "exact_match" in recipe.eval.metrics else []):
+        if any(not example.prompt_ids for example in sets[name]):
+            raise ConfigError(f"eval: exact_match needs rows with an answer, and {name} holds plain text; use the metric loss")
+    return sets
+
+
+def train(
+    recipe: Recipe, loss: TokenLoss, model: Any, optimizer: Any, sets: dict[str, list], accelerator: Accelerator, folder: Path,
+    handles: dict[str, methods.Handle], console: Console, resume: bool,
+) -> training.TrainStats:  # fmt: skip
+    """The training stage with its rows packed or not, its progress bar and metrics.jsonl."""
+    examples = sets["train"]
+    rows = data.pack(examples, recipe.data.max_length) if recipe.data.packing else [[example] for example in examples]
+    steps = recipe.train.steps(len(rows))
+    found = checkpoints(folder / "checkpoints") if resume else []
+    start = int(found[-1].name.removeprefix("step-")) if found else 0
+    log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
+    with bar(console, "training", steps, start) as shown:
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            shown.advance(1, f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s")
+            if log is not None and (step % recipe.train.log_every == 0 or step in (1, steps)):
+                log.write({"step": step, **{key: value for key, value in metrics.items() if key != "steps"}})
+
+        return training.train(
+            loss, model, optimizer, rows, lambda part: to_batch(part, loss),
+            lambda row: sum(len(example.input_ids) for example in row),
+            lambda row: sum(sum(example.trained[1:]) for example in row),
+            recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
+        )  # fmt: skip
+
+
+def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[str, Any]:
+    """The loss's input for packed or single rows, on the model's device."""
+    model = loss.model
+    batch = data.collate(rows, model.config.pad_token_id or 0)
+    return {key: value.to(model.device) for key, value in batch.items() if key != "document_lengths"}
+
+
+class Scorer:
+    """Evaluates before and after training, with progress and the single answers kept."""
+
+    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, loss: TokenLoss, sets: dict[str, list], console: Console):
+        self.recipe, self.model, self.tokenizer, self.loss, self.console = recipe, model, tokenizer, loss, console
+        self.main = evaluate.EvalSet("eval", sets["eval"]) if sets["eval"] else None
+        self.retained = [evaluate.EvalSet(name, sets[name]) for name in recipe.eval.retained]
+
+    def before(self, folder: Path, resume: bool) -> dict[str, Any]:
+        """The scores of the base; a resumed run keeps the ones it took at its start."""
+        kept = folder / "before.json"
+        if resume and kept.exists():
+            return json.loads(kept.read_text())
+        values = self.score("before", None)
+        write_json(kept, values)
+        return values
+
+    def score(self, when: str, predictions: Path | None) -> dict[str, Any]:
+        total = evaluate.steps(self.main, self.retained, self.recipe.eval)
+        if not total:
+            return {}
+        with bar(self.console, f"evaluation {when} training", total) as shown:
+            found = evaluate.evaluate(
+                self.model, self.tokenizer, self.loss, self.main, self.retained, self.recipe.eval,
+                lambda examples: to_batch([[example] for example in examples], self.loss), lambda count: shown.advance(count),
+            )  # fmt: skip
+        if predictions is not None:
+            lines = [
+                json.dumps({"set": name, "index": i, "correct": p.correct, "prediction": p.prediction, "answer": p.answer}, ensure_ascii=False)
+                for name, answers in found.predictions.items() for i, p in enumerate(answers)
+            ]  # fmt: skip
+            predictions.write_text("".join(line + "\n" for line in lines))
+        return found.values
+
+
+def save(model: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Writes the adapter (or the whole model, after full finetuning) and says how large it is."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    modules = sum(methods.describe(model).modules.values()) if recipe.methods else 0
+    if recipe.train.full_finetuning:
+        target = folder / "model"
+        if recipe.methods:
+            methods.detach(model)
+        model.save_pretrained(target)
+    else:
+        target = save_adapter(model, folder / "adapter")
+    return {"trainable_parameters": trained, "bytes": sum(f.stat().st_size for f in target.glob("*.safetensors")), "modules": modules}

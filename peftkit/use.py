@@ -1,0 +1,130 @@
+"""What one does with a trained adapter: answer, score, merge. The adapter's run folder says what base it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from peftkit import evaluate
+from peftkit.checkpoint import CONFIG_FILE, load_adapter
+from peftkit.config import ConfigError, suggest
+from peftkit.layers import adapter_layers, dense_weight
+from peftkit.loss import TokenLoss
+from peftkit.merge import MergeCheck, merge_verified
+from peftkit.methods import adapters_disabled
+from peftkit.model import load
+from peftkit.recipe import load_recipe
+from peftkit.run import Scorer, load_sets
+
+
+class Origin(NamedTuple):
+    """An adapter folder (None where only a base is meant) and the base it belongs to."""
+
+    adapter: Path | None
+    model: str
+    quantize: str | None
+    dtype: str
+
+
+def find_origin(adapter: str | None, model: str | None = None, quantize: str | None = None) -> Origin:
+    """The adapter and base that a user means by a run folder or adapter folder, and by options that go before it."""
+    folder = Path(adapter) if adapter else None
+    found, stored, dtype = model, None, "auto"
+    if folder is not None:
+        run_folder = folder.parent if folder.name == "adapter" else folder
+        if not folder.is_dir():
+            near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            raise ConfigError(f"--adapter: there is no folder {folder}{suggest(folder.name, near)}")
+        if (run_folder / "recipe.yaml").exists():
+            recipe = load_recipe(run_folder / "recipe.yaml")
+            found, stored, dtype = model or recipe.model.name, recipe.quantize, recipe.model.dtype
+        folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).exists() else folder
+        if not (folder / CONFIG_FILE).exists():
+            raise ConfigError(f"--adapter: {folder} holds no {CONFIG_FILE}: it is neither a run folder with an adapter nor an adapter folder")
+        found = found or json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+    if found is None:
+        raise ConfigError("neither --adapter nor --model says which base is meant")
+    if quantize not in (None, "none", "nf4", "fp4", "int8"):
+        raise ConfigError(f"--quantize: unknown {quantize!r}{suggest(str(quantize), ('nf4', 'fp4', 'int8', 'none'))} (there are: nf4, fp4, int8, none)")
+    return Origin(folder, found, None if quantize == "none" else quantize or stored, dtype)
+
+
+def load_adapted(origin: Origin) -> tuple[Any, Any]:
+    """(model in eval mode with its adapter, tokenizer)."""
+    model, tokenizer = load(origin.model, origin.quantize, origin.dtype)  # type: ignore[arg-type]
+    if origin.adapter is not None:
+        load_adapter(model, origin.adapter)
+    return model.eval(), tokenizer
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """A user's message through the chat template, or the text as it is where there is none."""
+    if tokenizer is None:
+        raise ConfigError("the base has no tokenizer, so it cannot read a prompt")
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def answers(prompt: str, adapter: str | None, model: str | None, quantize: str | None, max_new_tokens: int) -> dict[str, str]:
+    """The greedy answer of the base and, where there is an adapter, with it."""
+    origin = find_origin(adapter, model, quantize)
+    adapted, tokenizer = load_adapted(origin)
+    ids = prompt_ids(prompt, tokenizer)
+
+    def answer() -> str:
+        return evaluate.generate_answers(adapted, tokenizer, [ids], max_new_tokens, 1)[0]
+
+    with adapters_disabled(adapted):
+        found = {"base": answer()}
+    if origin.adapter is not None:
+        found["with adapter"] = answer()
+    return found
+
+
+def score(recipe: str, overrides: list[str], adapter: str | None, console: Console) -> dict[str, Any]:
+    """The recipe's metrics for the adapter of a run folder, another adapter, or the base (adapter "none")."""
+    folder = Path(recipe)
+    config = load_recipe(folder / "recipe.yaml" if folder.is_dir() else folder, overrides)
+    if adapter is None:
+        adapter = recipe if folder.is_dir() else config.output_dir
+    if config.train.full_finetuning and adapter != "none":
+        adapted, tokenizer = load(str(Path(adapter) / "model"))
+        adapted.eval()
+    elif adapter == "none":
+        adapted, tokenizer = load_adapted(Origin(None, config.model.name, config.quantize, config.model.dtype))
+    else:
+        origin = find_origin(adapter)
+        adapted, tokenizer = load_adapted(origin._replace(model=config.model.name, quantize=config.quantize, dtype=config.model.dtype))
+    return Scorer(config, adapted, tokenizer, TokenLoss(adapted), load_sets(config, tokenizer, console), console).score("of", None)
+
+
+def merge_to(adapter: str, output: str, model: str | None, quantize: str | None, onto: str) -> MergeCheck:
+    """Merges, compares with the adapted model, saves with the tokenizer, reads back and compares once more."""
+    if onto not in ("trained", "original"):
+        raise ConfigError(f"--onto: unknown {onto!r}{suggest(onto, ('trained', 'original'))} (there are: trained, original)")
+    target = Path(output)
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{output} exists and is not empty; give a new folder")
+    origin = find_origin(adapter, model, quantize)
+    adapted, tokenizer = load_adapted(origin)
+    originals = None
+    if onto == "original":
+        plain, _ = load(origin.model, None, origin.dtype)
+        originals = {name: dense_weight(plain.get_submodule(name)).detach() for name in adapter_layers(adapted)}
+    vocabulary = adapted.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (4, 64), generator=torch.Generator().manual_seed(0)).to(adapted.device)
+    check = merge_verified(adapted, ids, originals=originals)
+    adapted.save_pretrained(target)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    again, _ = load(str(target), None, adapted.dtype)
+    with torch.no_grad():
+        if not torch.equal(again.eval()(input_ids=ids).logits, adapted(input_ids=ids).logits):
+            raise RuntimeError(f"the model read back from {output} differs from the one in memory")
+    return check

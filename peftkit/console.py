@@ -23,7 +23,13 @@ class Bar:
         self.progress: Progress | None = None
         self.task: Any = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[note]}"),
+            )
             self.progress = Progress(*columns, console=console)
             self.task = self.progress.add_task(title, total=total, note="")
             self.progress.start()

@@ -164,9 +164,7 @@ class LoRALinear(AdapterLayer):
 
     def adapted(self, x: Tensor, dropout: float) -> Tensor:
         base = self.base_layer
-        return lowrank_linear(
-            x, self.a, self.b, frozen=base, weight=lambda dtype: dense_weight(base, dtype), scale=self.scale, dropout=dropout, bias=base.bias
-        )
+        return lowrank_linear(x, self.a, self.b, frozen=base, weight=lambda dtype: dense_weight(base, dtype), scale=self.scale, dropout=dropout, bias=base.bias)
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         weight = dense_weight(self.base_layer) if weight is None else weight
@@ -280,9 +278,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 def trainable_parameters(model: nn.Module) -> Iterator[RoleParameter]:
     """All that trains, with its role; what belongs to no adapter layer has the role "full"."""
-    declared = {
-        f"{name}.{local}": role for name, layer in adapter_layers(model).items() for role, (local, _) in layer.role_parameters().items()
-    }
+    declared = {f"{name}.{local}": role for name, layer in adapter_layers(model).items() for role, (local, _) in layer.role_parameters().items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield RoleParameter(name, declared.get(name, "full"), parameter)

@@ -106,5 +106,3 @@ def merge_verified(model: nn.Module, input_ids: Tensor, max_kl: float = 1e-2, or
     if originals is None and not check.kl <= max_kl:
         raise MergeError(f"the merged model is not the trained one (bound: KL {max_kl:g}); {check}")
     return check
-
-

@@ -22,9 +22,7 @@ def optimizer_groups(model: nn.Module, methods: list[Method], learning_rate: flo
         by_role.setdefault(role, []).append(parameter)
     if not by_role:
         raise ValueError("nothing trains in this model; call peftkit.attach first, or unfreeze what is to train")
-    groups: list[Group] = [
-        {"role": role, "params": params, "lr": learning_rate, "weight_decay": weight_decay} for role, params in by_role.items()
-    ]
+    groups: list[Group] = [{"role": role, "params": params, "lr": learning_rate, "weight_decay": weight_decay} for role, params in by_role.items()]
     for method in methods:
         groups = method.param_groups(groups)
     return groups

@@ -85,9 +85,7 @@ def open_folder(recipe: Recipe, resume: bool, accelerator: Accelerator) -> Path:
             raise ConfigError(f"output_dir: {folder} holds a run of another recipe, which cannot be resumed with this one:\n  " + "\n  ".join(changed))
         return folder
     if checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
-        raise ConfigError(
-            f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir"
-        )
+        raise ConfigError(f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for old in ("adapter", "model", "checkpoints"):

@@ -46,9 +46,7 @@ def saved_llama(tmp_path):
 
 def quantized_llama(folder, kind: str = "nf4", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The model in `folder`, loaded the way transformers loads quantised models (not by peftkit.load)."""
-    return LlamaForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=quant.quantization_config(kind, dtype), device_map={"": "cpu"}
-    )
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quant.quantization_config(kind, dtype), device_map={"": "cpu"})
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
-from conftest import clone, quantized_llama, tiny_gpt2, tiny_llama, wake
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import quantized_llama, tiny_gpt2, tiny_llama, wake
+from peft import LoraConfig, get_peft_model
 
 import peftkit as pk
 from peftkit.layers import adapter_layers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 from peftkit.builtin.words import (
@@ -99,7 +100,7 @@ def pick(rng: random.Random, turns: int) -> Row:
     text = ", ".join(items)
     questions = [([f"What is the {o} word?", f"Give the {o} one."], w) for o, w in zip(ORDINALS, items, strict=False)]
     questions.append((["What is the last word?", "Give the last one."], items[-1]))
-    for before, after in zip(items, items[1:], strict=False):
+    for before, after in pairwise(items):
         questions.append(([f"Which word comes after {before}?", f"What follows {before}?"], after))
         questions.append(([f"Which word comes before {after}?", f"What stands before {after}?"], before))
     return asked(rng, f"Words: {text}", questions, text, turns)
@@ -297,11 +298,11 @@ def slots(rng: random.Random, turns: int) -> Row:
 
 def route(rng: random.Random, turns: int) -> Row:
     stops = distinct(rng, lambda r: r.choice(CITIES), rng.randint(3, 5))
-    text = " ".join(f"From {a} one goes to {b}." for a, b in rng.sample(list(zip(stops, stops[1:], strict=False)), len(stops) - 1))
+    text = " ".join(f"From {a} one goes to {b}." for a, b in rng.sample(list(pairwise(stops)), len(stops) - 1))
     questions = [([f"Where does one go from {a}?", f"What comes next after {a}?"], b)
-                 for a, b in zip(stops, stops[1:], strict=False)]  # fmt: skip
+                 for a, b in pairwise(stops)]  # fmt: skip
     questions += [([f"From where does one reach {b}?", f"What lies before {b}?"], a)
-                  for a, b in zip(stops, stops[1:], strict=False)]  # fmt: skip
+                  for a, b in pairwise(stops)]  # fmt: skip
     return asked(rng, text, questions, text, turns)
 
 

@@ -37,11 +37,7 @@ def stream(task: str, split: str, seed: int, turns: int = 1) -> Iterator[Row]:
 
 def messages(row: Row) -> list[dict[str, str]]:
     """The row as chat messages."""
-    return [
-        {"role": role, "content": content}
-        for user, assistant in row.turns
-        for role, content in (("user", user), ("assistant", assistant))
-    ]
+    return [{"role": role, "content": content} for user, assistant in row.turns for role, content in (("user", user), ("assistant", assistant))]
 
 
 def builtin_rows(task: str, split: str, count: int | None = None, seed: int = 0) -> list[dict]:

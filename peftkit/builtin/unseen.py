@@ -15,7 +15,6 @@ import random
 from peftkit.builtin.families import Family, Row
 from peftkit.builtin.words import (
     CATEGORIES,
-    CITIES,
     DAYS,
     THINGS,
     city,
@@ -27,7 +26,7 @@ from peftkit.builtin.words import (
     words,
 )
 
-ROOMS = "kitchen hall bedroom bathroom office garage cellar nursery attic studio".split()
+ROOMS = ["kitchen", "hall", "bedroom", "bathroom", "office", "garage", "cellar", "nursery", "attic", "studio"]
 CURRENCIES = {"euros": "EUR", "dollars": "USD", "pounds": "GBP", "yen": "JPY", "francs": "CHF", "rupees": "INR"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 
+# fmt: off
 NAMES = (
     "Ada Alan Alice Amir Ana Anders Anna Arun Aya Bao Bela Ben Bianca Boris Bruno Carla Carlos Cem Chen Chloe Clara "
     "Dana Daniel Dario David Diego Dina Dora Edith Elena Eli Ella Emil Emma Eric Eva Farah Felix Fiona Frank Freya "
@@ -60,9 +61,14 @@ MONTHS = (
     "January February March April May June July August September October November December".split()
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
 TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 ORDINALS = "first second third fourth fifth sixth".split()
+
+# fmt: on
 
 _ONSETS = "b bl br c ch cl d dr f fl g gl gr h j k kl l m n p pl pr qu r s sh sk sl st t th tr v w z".split()
 _VOWELS = "a e i o u ai ea ee oa ou".split()

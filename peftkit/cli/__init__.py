@@ -15,9 +15,7 @@ from peftkit.cli.show import doctor, methods, recipes
 from peftkit.cli.train import check, run
 from peftkit.cli.use import evaluate, generate, merge
 
-app = typer.Typer(
-    help="Parameter-efficient finetuning of Hugging Face models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
+app = typer.Typer(help="Parameter-efficient finetuning of Hugging Face models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (run, check):
     app.command()(command)
 app.command(name="eval")(evaluate)

@@ -82,4 +82,3 @@ class Noise(Handle):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
-

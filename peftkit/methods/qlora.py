@@ -21,7 +21,5 @@ class QLoRA(LoRA):
 
     def attach(self, model: nn.Module) -> Handle | None:
         if not any(quant.is_4bit(module) for module in model.modules()):
-            raise ValueError(
-                "qlora needs a base in 4 bits and this model has no 4-bit layer; load it with quantize='nf4', or use lora on the base as it is"
-            )
+            raise ValueError("qlora needs a base in 4 bits and this model has no 4-bit layer; load it with quantize='nf4', or use lora on the base as it is")
         return super().attach(model)

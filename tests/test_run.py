@@ -1,0 +1,236 @@
+"""The runner: what lands in the run folder, accumulation, resuming after kill -9, other recipes refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_llama
+from safetensors.torch import load_file
+
+import peftkit as pk
+from peftkit.checkpoint import checkpoints
+from peftkit.config import ConfigError
+from peftkit.data import Example, collate
+from peftkit.loss import TokenLoss
+from peftkit.optim import build_optimizer
+from peftkit.train import DataOrder, TrainConfig, TrainingStopped, train
+
+
+def recipe(folder: Path, **train_options) -> dict:
+    return {
+        "model": {"name": "builtin:tiny", "quantize": "nf4"},
+        "methods": [{"qlora": {"r": 4, "alpha": 8, "dropout": 0.1}}, {"loraplus": {"ratio": 4.0}}, {"neftune": {"alpha": 5.0}}],
+        "data": {"train": "builtin:tool-calls/train", "eval": "builtin:tool-calls/test", "max_length": 128, "train_rows": 64, "eval_rows": 8},
+        "train": {"learning_rate": 2.0e-3, "max_steps": 6, "batch_size": 4, "log_every": 1, "save_every": 2, "keep_last": 3} | train_options,
+        "eval": {"metrics": ["loss", "exact_match"], "retained": ["builtin:copy/test"], "retained_rows": 4},
+        "output_dir": str(folder),
+    }
+
+
+def run_in_process(folder: Path, *options: str, **environment: str) -> subprocess.Popen:
+    file = folder.parent / f"{folder.name}.json"  # JSON is YAML
+    file.write_text(json.dumps(recipe(folder)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "peftkit", "run", str(file), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | environment, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    process = run_in_process(folder)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return folder
+
+
+def test_run_folder(uninterrupted):
+    assert {"recipe.yaml", "metrics.jsonl", "result.json", "adapter", "checkpoints", "loss.png"} <= {p.name for p in uninterrupted.iterdir()}
+    result = json.loads((uninterrupted / "result.json").read_text())
+    assert set(result) == {"before", "after", "train", "adapter", "recipe", "versions", "machine"}
+    assert {"loss", "exact_match", "retained_exact_match", "retained"} <= set(result["before"]) and set(result["before"]) == set(result["after"])
+    assert set(result["train"]) == {"seconds", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes", "steps"}
+    assert set(result["adapter"]) == {"trainable_parameters", "bytes", "modules"} and result["adapter"]["modules"] == 42
+    assert result["train"]["steps"] == 6 and result["train"]["tokens"] > result["train"]["supervised_tokens"] > 0
+    assert result["after"]["loss"] < result["before"]["loss"]
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    answers = [json.loads(line) for line in (uninterrupted / "predictions.jsonl").read_text().splitlines()]
+    assert sum(a["set"] == "eval" for a in answers) == 8 and sum(a["set"] == "builtin:copy/test" for a in answers) == 4
+
+
+def test_peft_gives_the_same_logits(uninterrupted):
+    from peft import PeftModel
+
+    base, _ = pk.load("builtin:tiny", dtype="float32")
+    ids = torch.randint(3, 2000, (2, 12), generator=torch.Generator().manual_seed(0))
+    ours, _ = pk.load("builtin:tiny", dtype="float32")
+    pk.load_adapter(ours, uninterrupted / "adapter")
+    theirs = PeftModel.from_pretrained(base, uninterrupted / "adapter")
+    with torch.no_grad():
+        a, b = ours.eval()(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_killed_while_training_resumes_to_the_same_bytes(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = run_in_process(folder)
+    deadline = time.monotonic() + 200
+    while not checkpoints(folder / "checkpoints"):  # killed as soon as one stands, in the middle of a later step
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists()
+    resumed = run_in_process(folder, "--resume")
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    assert_same_run(folder, uninterrupted)
+
+
+KILLER = """
+import os, signal, sys, torch
+import peftkit.checkpoint as checkpoint
+real, seen = torch.save, []
+def save(state, path, *rest):  # the second checkpoint is cut off half written
+    real(state, path, *rest)
+    seen.append(path)
+    if len(seen) == 2:
+        with open(path, "r+b") as file:
+            file.truncate(os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.torch.save = save
+from peftkit.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_killed_while_writing_a_checkpoint_resumes_to_the_same_bytes(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(recipe(folder)))
+    killed = subprocess.run([sys.executable, "-c", KILLER, "run", str(file)], capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-000002"]
+    assert list((folder / "checkpoints").glob(".writing-*")), "the half-written one is there, under another name"
+    refused = subprocess.run([sys.executable, "-m", "peftkit", "run", str(file)], capture_output=True, text=True, timeout=240)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    resumed = run_in_process(folder, "--resume")
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    assert_same_run(folder, uninterrupted)
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    assert (folder / "adapter/adapter_model.safetensors").read_bytes() == (whole / "adapter/adapter_model.safetensors").read_bytes()
+    ours, theirs = (json.loads((f / "result.json").read_text()) for f in (folder, whole))
+    assert ours["after"] == theirs["after"] and ours["before"] == theirs["before"]
+    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, whole)]
+    assert losses[0] == losses[1]
+
+
+def test_resuming_another_recipe_is_refused_with_the_difference(uninterrupted):
+    other = recipe(uninterrupted, learning_rate=1.0e-3)
+    with pytest.raises(ConfigError, match=r"train.learning_rate: 0.002 -> 0.001"):
+        pk.run(other, resume=True)
+
+
+def test_resume_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        pk.run(recipe(tmp_path / "none"), resume=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def examples(count: int) -> list[list[Example]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(count):
+        length = 5 + i % 7
+        ids = torch.randint(3, 96, (length,), generator=generator).tolist()
+        rows.append([Example(input_ids=ids, trained=[j >= 2 + i % 3 for j in range(length)], where=f"row {i}", prompt_ids=[], answer="")])
+    return rows
+
+
+def one_run(tmp_path: Path, rows, **options):
+    model = tiny_llama()
+    torch.manual_seed(0)
+    pk.attach(model, pk.LoRA(r=4))
+    optimizer = build_optimizer(model, 1e-2)
+    config = TrainConfig(**({"learning_rate": 1e-2, "max_steps": 3, "batch_size": 8} | options))
+    losses: list[float] = []
+    train(
+        TokenLoss(model), model, optimizer, rows,
+        lambda part: {k: v for k, v in collate(part, 0).items() if k != "document_lengths"},
+        lambda row: len(row[0].input_ids), lambda row: sum(row[0].trained[1:]),
+        config, Accelerator(cpu=True), tmp_path, {}, lambda step, metrics: losses.append(metrics["loss"]),
+    )  # fmt: skip
+    return model, losses
+
+
+def test_accumulation_does_not_change_the_loss(tmp_path):
+    whole, losses = one_run(tmp_path, examples(20))
+    split, split_losses = one_run(tmp_path, examples(20), micro_batch_size=1)
+    assert losses == pytest.approx(split_losses, rel=1e-5)
+    for (name, a), (_, b) in zip(whole.named_parameters(), split.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=name)
+    assert losses[-1] != losses[0]
+
+
+def test_gradient_checkpointing_does_not_change_the_loss(tmp_path):
+    _, losses = one_run(tmp_path, examples(20))
+    model = tiny_llama()
+    torch.manual_seed(0)
+    pk.attach(model, pk.LoRA(r=4))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again: list[float] = []
+    train(
+        TokenLoss(model), model, build_optimizer(model, 1e-2), examples(20),
+        lambda part: {k: v for k, v in collate(part, 0).items() if k != "document_lengths"},
+        lambda row: len(row[0].input_ids), lambda row: sum(row[0].trained[1:]),
+        TrainConfig(learning_rate=1e-2, max_steps=3, batch_size=8), Accelerator(cpu=True), tmp_path, {}, lambda s, m: again.append(m["loss"]),
+    )  # fmt: skip
+    assert losses == pytest.approx(again, rel=1e-6)
+
+
+def test_a_non_finite_loss_stops_the_run(tmp_path):
+    with pytest.raises(TrainingStopped, match=r"non-finite.*step 1"):
+        rows = examples(8)
+        model = tiny_llama()
+        pk.attach(model, pk.LoRA(r=4))
+        with torch.no_grad():
+            model.lm_head.weight[5] = float("inf")
+        train(
+            TokenLoss(model), model, build_optimizer(model, 1e-2), rows,
+            lambda part: {k: v for k, v in collate(part, 0).items() if k != "document_lengths"},
+            lambda row: len(row[0].input_ids), lambda row: sum(row[0].trained[1:]),
+            TrainConfig(max_steps=1, batch_size=8), Accelerator(cpu=True), tmp_path, {}, lambda s, m: None,
+        )  # fmt: skip
+
+
+def test_every_row_is_seen_once_per_epoch_in_an_order_of_the_seed():
+    order = DataOrder(rows=10, batch_size=4, seed=3)
+    seen = [i for step in range(5) for i in order[step]]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert DataOrder(10, 4, 3)[4] == order[4] and DataOrder(10, 4, 4)[0] != order[0]
+
+
+def test_full_finetuning_saves_a_model(tmp_path):
+    made = recipe(tmp_path / "full", full_finetuning=True, max_steps=2, learning_rate=1.0e-4)
+    made |= {"methods": [], "model": {"name": "builtin:tiny"}}
+    result = pk.run(made)
+    assert result.adapter["trainable_parameters"] == 3_049_920
+    weights = load_file(tmp_path / "full/model/model.safetensors")
+    base, _ = pk.load("builtin:tiny", dtype="float32")
+    assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"].float(), base.model.layers[0].mlp.up_proj.weight)

@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain_tiny"), help="checkpoints and log")
-    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--steps", type=int, default=5600)
     parser.add_argument("--decay", type=float, default=0.3, help="share of the steps over which the rate falls to zero")
     parser.add_argument("--tokens-per-batch", type=int, default=6144)
     parser.add_argument("--learning-rate", type=float, default=3e-3)

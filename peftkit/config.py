@@ -3,8 +3,7 @@
     source = apply_overrides(read_yaml("recipe.yaml"), ["train.max_steps=50"])
     recipe = validate(Recipe, source)        # a Config, or a ConfigError whose text is all a user needs
 
-A `Config` class lives beside the code that uses it. A `Source` is the parsed document that still knows where each of its keys
-stands, so whoever finds a wrong value later can say where it was written: `source.problem(keys, "what is wrong")`.
+A `Source` is a document that still knows where each key stands: `source.problem(keys, "what is wrong")` says where it was written.
 """
 
 from __future__ import annotations
@@ -41,7 +40,9 @@ class Config(pydantic.BaseModel):
     A union of several configs needs a `Field(discriminator=...)`, so that errors are about the one that was meant.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def suggest(word: object, choices: Iterable[object]) -> str:
@@ -89,27 +90,25 @@ _NUMBER = re.compile(r"(?=[-+]?\.?[0-9])([-+]?)([0-9_]*)\.?([0-9_]*)(?:[eE]([-+]
 
 
 def _scalar_problem(kind: str, text: str) -> str | None:
-    """Why this unquoted scalar, which YAML 1.1 reads as `kind`, is not what its writer meant; None where it is clear.
-
-    `dump_yaml` asks the same question, so that it quotes every text that the reader would refuse.
-    """
+    """Why this unquoted scalar, which YAML 1.1 reads as `kind`, is not what its writer meant; None where it is clear."""
+    reading, remedy = "text", ""
     if kind == "bool" and text.lower() in ("yes", "no", "on", "off"):
-        reading, remedy = "true" if text.lower() in ("yes", "on") else "false", "write true or false"
+        reading, remedy = "true" if text.lower() in ("yes", "on") else "false", "write true or false, or "
     elif kind == "timestamp":
-        reading, remedy = "a date", "write something else"
+        reading = "a date"
     elif kind in ("int", "float") and ":" in text:
-        reading, remedy = "a number in base 60", "write a plain number"
+        reading, remedy = "a number in base 60", "write a plain number, or "
     elif kind in ("int", "str") and _LEADING_ZERO.fullmatch(text):
-        reading, remedy = "an octal number" if kind == "int" else "text", "write a number without the leading zero"
+        reading, remedy = "an octal number" if kind == "int" else "text", "write it without the leading zero, or "
     elif kind == "str" and (match := _NUMBER.fullmatch(text)):
         sign, whole, fraction, exponent = match.groups()
         number = f"{sign}{whole or 0}.{fraction or 0}" + (f"e{int(exponent):+d}" if exponent else "")
-        reading, remedy = "text, not as a number", f"write {number}"
+        reading, remedy = "text, not as a number", f"write {number}, or "
     elif kind == "str" and text == "None":
-        reading, remedy = "text", "write null"
+        remedy = "write null, or "
     else:
         return None
-    return f"YAML reads {text} as {reading}: {remedy}, or quote it if it is a text"
+    return f"YAML reads {text} as {reading}: {remedy}quote it if it is a text"
 
 
 class _Builder:
@@ -119,7 +118,6 @@ class _Builder:
         self.path, self.origin = path, origin
         self.marks: dict[Keys, int | str] = {}
         self.problems: list[str] = []
-        self.constructor = yaml.constructor.SafeConstructor()
 
     def parse(self, text: str, at: Keys = ()) -> Any:
         """The value of the document, which stands at the keys `at`; None for an empty one. Raises ConfigError."""
@@ -132,10 +130,14 @@ class _Builder:
             hint = "; indent with spaces, not tabs" if "\\t" in error.problem else "; quote the value" if self.origin else ""
             raise ConfigError(f"{place}: not valid YAML: {error.problem}{f' ({error.context})' if error.context else ''}{hint}") from error
         except yaml.reader.ReaderError as error:
-            place = self.origin or f"{self.path}:{text.count(chr(10), 0, error.position) + 1}"
-            raise ConfigError(f"{place}: not valid YAML: the character {chr(error.character)!a} is not allowed") from error
+            line = text.count("\n", 0, error.position) + 1
+            raise ConfigError(
+                f"{self.origin or f'{self.path}:{line}'}: not valid YAML: the character {chr(error.character)!a} is not allowed"
+            ) from error
         except RecursionError as error:
             raise ConfigError(f"{self.origin or self.path}: nested too deeply; does an anchor contain itself?") from error
+        if self.origin and node is not None and text[node.end_mark.index :].strip():
+            self.fail(node, at, "the text after ' #' would be lost: quote the value")
         if self.problems:
             raise ConfigError("\n".join(self.problems))
         return value
@@ -145,22 +147,18 @@ class _Builder:
 
     def build(self, node: yaml.Node, keys: Keys) -> Any:
         kind = node.tag.removeprefix(_TAG)
-        items: dict[str, tuple[int, yaml.Node]] | dict[int, tuple[int, yaml.Node]]
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(kind, node, keys)
-        if kind == "map":
-            items = self.entries(node, keys)
-        elif kind == "seq":
-            items = {i: (item.start_mark.line + 1, item) for i, item in enumerate(node.value)}
-        else:
+        if kind not in ("map", "seq"):
             return self.fail(node, keys, f"the YAML tag {kind} is not supported: write plain values")
+        items = self.entries(node, keys) if kind == "map" else {i: (n.start_mark.line + 1, n) for i, n in enumerate(node.value)}
         self.marks |= {(*keys, key): line for key, (line, _) in items.items()}
         values = {key: self.build(item, (*keys, key)) for key, (_, item) in items.items()}
         return values if kind == "map" else list(values.values())
 
-    def entries(self, node: yaml.MappingNode, keys: Keys) -> dict[str, tuple[int, yaml.Node]]:
+    def entries(self, node: yaml.MappingNode, keys: Keys) -> dict[Any, tuple[int, yaml.Node]]:
         """The line and value node of each key of a mapping, after `<<` merges: own keys win, then the bases in their order."""
-        own: dict[str, tuple[int, yaml.Node]] = {}
+        own: dict[Any, tuple[int, yaml.Node]] = {}
         for key_node, value_node in node.value:
             key = _MERGE if key_node.tag == _MERGE else key_node.value
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in (_TAG + "str", _TAG + "value", _MERGE):
@@ -169,14 +167,13 @@ class _Builder:
                 self.fail(key_node, (*keys, key_node.value), f"duplicate key: line {own[key][0]} already has it")
             else:
                 own[key] = (key_node.start_mark.line + 1, value_node)
-        inherited: dict[str, tuple[int, yaml.Node]] = {}
-        if _MERGE in own:
-            _, merged = own.pop(_MERGE)
-            for base in merged.value if isinstance(merged, yaml.SequenceNode) else [merged]:
-                if isinstance(base, yaml.MappingNode):
-                    inherited = self.entries(base, keys) | inherited
-                else:
-                    self.fail(base, keys, "'<<' takes a mapping or a list of mappings")
+        inherited: dict[Any, tuple[int, yaml.Node]] = {}
+        _, merged = own.pop(_MERGE, (0, yaml.SequenceNode(_MERGE, [])))
+        for base in merged.value if isinstance(merged, yaml.SequenceNode) else [merged]:
+            if isinstance(base, yaml.MappingNode):
+                inherited = self.entries(base, keys) | inherited
+            else:
+                self.fail(base, keys, "'<<' takes a mapping or a list of mappings")
         return inherited | own
 
     def scalar(self, kind: str, node: yaml.ScalarNode, keys: Keys) -> Any:
@@ -189,7 +186,7 @@ class _Builder:
             problem = f"the YAML tag {kind} is not supported: write plain values"
         if problem is None:
             try:
-                return self.constructor.construct_object(node)
+                return yaml.constructor.SafeConstructor().construct_object(node)
             except (ValueError, KeyError):
                 problem = f"{node.value!r} is no {kind}"
         return self.fail(node, keys, problem)
@@ -217,9 +214,8 @@ def read_yaml(path: str | os.PathLike[str]) -> Source:
         return parse_yaml(raw.decode("utf-8-sig"), str(path))
     except FileNotFoundError as error:
         here = "" if path.is_absolute() else f" (current directory: {Path.cwd()})"
-        if not path.parent.is_dir():
-            raise ConfigError(f"{path}: no such file: there is no folder {path.parent}{here}") from error
-        near = suggest(path.name, (entry.name for entry in path.parent.iterdir() if entry.is_file()))
+        folder = path.parent
+        near = suggest(path.name, os.listdir(folder)) if folder.is_dir() else f"; there is no folder {folder}"
         raise ConfigError(f"{path}: no such file{here}{near}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {'it is a folder' if path.is_dir() else error.strerror}") from error
@@ -236,13 +232,12 @@ def apply_overrides(source: Source, overrides: Iterable[str]) -> Source:
     source = Source(copy.deepcopy(source.data), source.path, dict(source.marks))
     for override in overrides:
         origin = f"command line: {override}"
-        name, equals, text = override.partition("=")
-        name = name.strip()
+        name, equals, text = map(str.strip, override.partition("="))
         parts = name.split(".")
         if not equals or not all(parts):
             raise ConfigError(f"{origin}: expected key=value, for example train.max_steps=50")
         value = _Builder("", origin).parse(text, tuple(parts))
-        if value is None and text.strip().lower() not in ("null", "~"):
+        if value is None and text.lower() not in ("null", "~"):
             raise ConfigError(f"{origin}: the value is empty: write {name}=null, or {name}='\"\"' for an empty text")
         node: Any = source.data
         keys: Keys = ()
@@ -281,11 +276,9 @@ _EXPECTED = {  # by pydantic's error type, else by its first word
 def _describe(value: object) -> str:
     if isinstance(value, str):
         return f"the text {value!r}" if len(value) <= 60 else f"the text {value[:60]!r}..."
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)} {'item' if len(value) == 1 else 'items'}"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return "a mapping" if isinstance(value, dict) else f"the number {value}"
+    if isinstance(value, (list, dict)):
+        return "a mapping" if isinstance(value, dict) else f"a list of {len(value)} {'item' if len(value) == 1 else 'items'}"
+    return json.dumps(value) if value is None or isinstance(value, bool) else f"the number {value}"
 
 
 def _models(annotation: Any, suffix: str = "") -> list[tuple[str, type[pydantic.BaseModel]]]:
@@ -376,11 +369,12 @@ def validate(model: type[T], source: Source, at: Keys = ()) -> T:
 
 
 class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    """Quotes every text that the reader would refuse unquoted."""
 
 
-_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(_TAG + "str", text, style="'" if _scalar_problem("str", text) else None))
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar(_TAG + "str", text, style="'" if _scalar_problem("str", text) else None)
+)
 
 
 def dump_yaml(config: Config | dict[str, Any]) -> str:
@@ -413,11 +407,9 @@ def defaults_table(model: type[Config]) -> list[tuple[str, str, str, str]]:
     """
     rows = []
     for keys, info in _walk(model):
-        default = "required"
-        if isinstance(info.annotation, type) and issubclass(info.annotation, pydantic.BaseModel):
-            continue  # a section: its fields follow
-        if not info.is_required():
-            value = to_jsonable_python(info.get_default(call_default_factory=True))
-            default = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-        rows.append((dotted(keys), _type_text(info.annotation, info.metadata), default, info.description or ""))
+        if not isinstance(info.annotation, type) or not issubclass(info.annotation, pydantic.BaseModel):  # else its fields follow
+            value = to_jsonable_python(None if info.is_required() else info.get_default(call_default_factory=True))
+            text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            default = "required" if info.is_required() else text
+            rows.append((dotted(keys), _type_text(info.annotation, info.metadata), default, info.description or ""))
     return rows

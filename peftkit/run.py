@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
@@ -33,7 +34,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console(stderr=True)
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.train.full_finetuning and best_dtype().itemsize == 2 else "no")
+    accelerator = Accelerator()
     console.quiet = console.quiet or not accelerator.is_main_process
     folder = open_folder(recipe, resume, accelerator)
 
@@ -147,6 +148,7 @@ def train(
             lambda row: sum(len(example.input_ids) for example in row),
             lambda row: sum(sum(example.trained[1:]) for example in row),
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
+            autocast=recipe.train.full_finetuning and best_dtype() == torch.bfloat16,
         )  # fmt: skip
 
 

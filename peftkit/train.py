@@ -125,12 +125,13 @@ def train(
     handles: dict[str, Handle],
     on_step: Callable[[int, dict[str, float]], None],
     resume: bool = False,
+    autocast: bool = False,
 ) -> TrainStats:
     """Trains `model` through `loss` on `rows`; checkpoints go to `folder`, metrics of every step to `on_step`.
 
     `to_batch` makes the loss's input of rows, `length` and `supervised` count a row's tokens, padding left out. Losses are summed over the
     micro-batches and devices of a step and divided once by the step's supervised tokens, so that accumulation does not
-    change them. Raises TrainingStopped on a loss or gradient that is not finite.
+    change them. With `autocast` the forward runs in bfloat16 over weights of higher precision. Raises TrainingStopped on a loss or gradient that is not finite.
     """
     steps = config.steps(len(rows))
     order = DataOrder(len(rows), config.batch_size, config.seed)
@@ -161,7 +162,8 @@ def train(
             inputs = to_batch(mine[start : start + micro])
             last = start + micro >= len(mine)
             with nullcontext() if last else accelerator.no_sync(prepared):
-                part, _ = prepared(**inputs)
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=autocast):
+                    part, _ = prepared(**inputs)
                 accelerator.backward(part * (world / max(tokens, 1)))
             total += part.detach()
         norm = accelerator.clip_grad_norm_(list(trained.values()), config.max_grad_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -34,22 +35,25 @@ class NEFTune(Method):
 
 
 class Noise(Handle):
-    """The two hooks that make the noise: one on the model that sees the lengths, one on the embedding that adds it."""
+    """The two hooks that make the noise: one on the model's body that sees the lengths, one on the embedding that adds it."""
 
     def __init__(self, config: NEFTune, model: nn.Module, embedding: nn.Module):
         self.config, self.inputs = config, {}
         device = next(embedding.parameters()).device
         self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(config.seed)
+        body = getattr(model, "base_model", model)  # not the model: a loss that gathers before the head calls the body alone
+        self.signature = inspect.signature(body.forward)
         self.hooks = [
-            model.register_forward_pre_hook(self._remember, with_kwargs=True),
+            body.register_forward_pre_hook(self._remember, with_kwargs=True),
             embedding.register_forward_hook(self._add),
         ]
 
-    def _remember(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.inputs = {key: kwargs.get(key) for key in ("attention_mask", "position_ids")} if model.training else {}
+    def _remember(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = self.signature.bind_partial(*args, **kwargs).arguments
+        self.inputs = {key: given.get(key) for key in ("attention_mask", "position_ids")} if body.training else {}
 
     def _add(self, embedding: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if not embedding.training:
+        if not (embedding.training and torch.is_grad_enabled()):  # without grad it is generation, whatever the mode says
             return output
         lengths = self._lengths(output)  # (rows, tokens)
         noise = torch.rand(output.shape, generator=self.generator, device=self.generator.device).mul_(2).sub_(1)

@@ -1,0 +1,115 @@
+"""Writes what the documentation takes from elsewhere between its markers: option tables, scores, results.
+
+    python benchmarks/write_docs.py            # write
+    python benchmarks/write_docs.py --check    # change nothing; exit 1 where a page would change
+
+Option tables come from the configs of the package, the scores of `builtin:tiny` from the file that its training wrote, the
+results from `benchmarks/results/ci.json`. A block whose source does not exist yet is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from peftkit.bench import load_results, markdown
+from peftkit.builtin.families import FAMILIES
+from peftkit.config import Config, defaults_table
+from peftkit.data import DataConfig
+from peftkit.evaluate import EvalConfig
+from peftkit.methods import REGISTRY
+from peftkit.model import BUILTIN, ModelConfig
+from peftkit.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORES, RESULTS = BUILTIN / "tiny" / "scores.json", ROOT / "benchmarks" / "results" / "ci.json"
+SECTIONS: dict[str, type[Config]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+
+
+def fill(page: str, name: str, block: str) -> str:
+    """`page` with `block` between the markers of `name`. Raises ValueError where the page has no such markers, or more than one pair."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"expected one {begin} and one {end} after it")
+    before, after = page.split(begin)[0], page.split(end)[1]
+    return f"{before}{begin}\n{block.strip()}\n{end}{after}"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the cells' own bars and line breaks cannot break it."""
+    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def options(config: type[Config]) -> str:
+    """The keys of a config with their types, defaults and descriptions."""
+    return table(
+        ["key", "type", "default", "what it does"], [[f"`{key}`", kind, f"`{default}`", text] for key, kind, default, text in defaults_table(config)]
+    )
+
+
+def scores(path: Path) -> str:
+    """The exact match of every task, those of training first."""
+    found = json.loads(path.read_text())
+    rows = [
+        [task, "trained" if task in FAMILIES else "never seen", f"{100 * score:.1f}%"]
+        for task, score in sorted(found["exact_match"].items(), key=lambda item: item[0] not in FAMILIES)
+    ]
+    facts = (
+        f"{found['parameters']:,} parameters, {found['steps']:,} steps, {found['tokens'] / 1e6:.1f}M tokens (padding included), "
+        f"{found['seconds'] / 60:.0f} minutes, torch {found['torch']}, seed {found['seed']}. "
+        f"Mean exact match over the families of training: **{100 * found['own_exact_match']:.1f}%**."
+    )
+    return f"{facts}\n\n{table(['task', 'in training', 'exact match, 200 test rows'], rows)}"
+
+
+def blocks() -> dict[Path, dict[str, str]]:
+    """Page -> marker -> content, for every block whose source is there."""
+    docs = ROOT / "docs"
+    found: dict[Path, dict[str, str]] = {
+        docs / "methods.md": {f"options:{name}": options(method) for name, method in REGISTRY.items()},
+        docs / "recipes.md": {f"options:{name}": options(config) for name, config in SECTIONS.items()},
+        docs / "model-card.md": {},
+        docs / "benchmarks.md": {},
+        ROOT / "README.md": {},
+    }
+    if SCORES.exists():
+        found[docs / "model-card.md"]["scores"] = scores(SCORES)
+    if RESULTS.exists():
+        report = markdown(load_results(RESULTS))
+        found[docs / "benchmarks.md"]["results"] = report
+        found[ROOT / "README.md"]["results"] = report
+    return found
+
+
+def stale(write: bool) -> list[Path]:
+    """The pages that are not as their sources say, brought up to date where `write`."""
+    changed = []
+    for path, content in blocks().items():
+        old = new = path.read_text()
+        for name, block in content.items():
+            try:
+                new = fill(new, name, block)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        if new != old:
+            changed.append(path)
+            if write:
+                path.write_text(new)
+    return changed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page would change")
+    args = parser.parse_args(arguments)
+    changed = stale(write=not args.check)
+    for path in changed:
+        print(f"{path.relative_to(ROOT)}: {'not up to date; run benchmarks/write_docs.py' if args.check else 'written'}")
+    return int(args.check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

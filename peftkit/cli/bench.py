@@ -1,0 +1,133 @@
+"""peftkit bench run | report | gate | accept: suites, side-by-side reports, and a gate for CI."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(help="Suites of methods and seeds; side-by-side report; gate on a baseline.", no_args_is_help=True)
+
+FOLDER = "runs/bench"
+ResultsPath = Annotated[str, typer.Argument(metavar="RESULTS", help="A results.json, or the folder of a suite.")]
+Folder = Annotated[str, typer.Option(help="Where suites keep their cells.")]
+
+
+@bench.command()
+def run(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A suite (YAML).")],
+    output: Annotated[str | None, typer.Option(help="Write the results to this file too.")] = None,
+    folder: Folder = FOLDER,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells that run at the same time.")] = 1,
+    only: Annotated[str | None, typer.Option(help="Run these methods only: lora,dora")] = None,
+) -> None:
+    """Run every cell of a suite that is not done yet; exit 1 when any failed."""
+    import signal
+    from pathlib import Path
+
+    from peftkit.bench.cells import load_results, run_suite, write_results
+    from peftkit.bench.report import terminal
+    from peftkit.bench.suite import load_suite
+    from peftkit.cli.common import stderr, stdout
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped CI job must not leave its cells running
+    loaded = load_suite(suite)
+    names = [name.strip() for name in only.split(",")] if only else None
+    try:
+        records = run_suite(loaded, folder, jobs, names, stderr())
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished cells are kept, and the same command goes on with the others", err=True)
+        raise typer.Exit(130) from None
+    results = load_results(Path(folder) / loaded.name)
+    if output:
+        write_results(Path(output), results)
+    terminal(results, stdout())
+    failed = [record for record in records if record.status == "failed"]
+    for record in failed:
+        kind = str(record.kind).replace("_", " ")
+        typer.secho(
+            f"failed: {record.method} seed {record.seed} ({kind}, exit code {record.exit_code}), log: {record.log}", fg="red", err=True
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
+@bench.command()
+def report(
+    results: ResultsPath,
+    format: Annotated[str, typer.Option(help="terminal or markdown")] = "terminal",
+    output: Annotated[str | None, typer.Option(help="Write it to this file.")] = None,
+) -> None:
+    """Methods side by side: accuracy with intervals, forgetting, speed, memory, size."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from peftkit.bench.cells import load_results
+    from peftkit.bench.report import markdown, terminal
+    from peftkit.cli.common import stdout
+    from peftkit.config import ConfigError, suggest
+
+    if format not in ("terminal", "markdown"):
+        raise ConfigError(f"--format {format}: unknown{suggest(format, ('terminal', 'markdown'))} (there are: terminal, markdown)")
+    loaded = load_results(results)
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with Path(output).open("w") as file:
+            file.write(markdown(loaded)) if format == "markdown" else terminal(loaded, Console(file=file, width=160))
+    elif format == "markdown":
+        typer.echo(markdown(loaded), nl=False)
+    else:
+        terminal(loaded, stdout())
+
+
+@bench.command()
+def gate(
+    baseline: Annotated[str, typer.Option(metavar="FILE", help="What `bench accept` wrote, or an earlier results.json.")],
+    results: Annotated[
+        str | None, typer.Argument(metavar="[RESULTS]", help="By default those of the baseline's suite in --folder.")
+    ] = None,
+    margin: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop that is tolerated beside noise, as a fraction.")] = 0.02,
+    folder: Folder = FOLDER,
+) -> None:
+    """Exit 1 when a method's accuracy is below its baseline by more than margin and noise."""
+    from pathlib import Path
+
+    from peftkit.bench.cells import load_results
+    from peftkit.bench.gate import gate as judge
+    from peftkit.bench.gate import load_baseline
+    from peftkit.cli.common import stdout
+    from peftkit.config import ConfigError
+    from peftkit.console import table
+
+    expected = load_baseline(baseline)
+    if results is None and expected.suite is None:
+        raise ConfigError(
+            f"{baseline}: names no suite, so the results to judge must be given: peftkit bench gate RESULTS --baseline {baseline}"
+        )
+    verdicts = judge(load_results(results or Path(folder) / str(expected.suite)), expected, margin)
+    rows = [
+        [v.method, *("-" if x is None else f"{x:.1%}" for x in (v.accuracy, v.baseline, v.least)), "pass" if v.passed else "FAIL", v.words]
+        for v in verdicts
+    ]
+    stdout().print(table("gate", ["method", "accuracy", "baseline", "lowest that passes", "verdict", "why"], rows))
+    if not all(verdict.passed for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@bench.command()
+def accept(
+    results: ResultsPath,
+    output: Annotated[str, typer.Option(metavar="FILE", help="The baseline file to write.")],
+) -> None:
+    """Make results the baseline of later ones."""
+    from pathlib import Path
+
+    from peftkit.bench.cells import load_results
+    from peftkit.bench.gate import accept as accepted
+    from peftkit.bench.gate import baseline_json
+
+    text = baseline_json(accepted(load_results(results)))
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    Path(output).write_text(text)
+    typer.echo(f"baseline: {output}")

@@ -45,9 +45,8 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def options(config: type[Config]) -> str:
     """The keys of a config with their types, defaults and descriptions."""
-    return table(
-        ["key", "type", "default", "what it does"], [[f"`{key}`", kind, f"`{default}`", text] for key, kind, default, text in defaults_table(config)]
-    )
+    rows = [[f"`{key}`", kind, f"`{default}`", text] for key, kind, default, text in defaults_table(config)]
+    return table(["key", "type", "default", "what it does"], rows)
 
 
 def scores(path: Path) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -75,8 +76,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     config = _read_peft_config(folder)
-    with safe_open(folder / ADAPTER_FILE, "pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    try:
+        state = load_file(folder / ADAPTER_FILE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / ADAPTER_FILE} cannot be read ({error})") from error
     fresh = not adapter_layers(model)
     if fresh:
         names = sorted({key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in state})
@@ -114,9 +117,13 @@ def _read_peft_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / CONFIG_FILE}: peft_type {config.get('peft_type')!r} is not LoRA or DoRA, which is what peftkit has")
     # Options that change what the adapter computes and that peftkit does not have: loading would be silently wrong.
     for key, neutral in {"bias": "none", "lora_bias": False, "modules_to_save": None, "rank_pattern": None, "alpha_pattern": None,
-                         "layer_replication": None, "trainable_token_indices": None, "target_parameters": None}.items():  # fmt: skip
+                         "layer_replication": None, "trainable_token_indices": None, "target_parameters": None, "use_qalora": False,
+                         "use_bdlora": None, "alora_invocation_tokens": None, "kasa_config": None, "arrow_config": None}.items():  # fmt: skip
         if config.get(key) not in (neutral, None, {}, []):
             raise ConfigError(f"{folder / CONFIG_FILE}: {key}: {config[key]!r} is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ConfigError(f"{folder / CONFIG_FILE}: init_lora_weights: {start!r} changed the base it was trained on; convert it with peft first")
     return config
 
 
@@ -179,7 +186,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(trained parameters by name, state) of one checkpoint. Raises CheckpointError where it cannot be read."""
     try:
         return load_file(path / "trained.safetensors"), torch.load(path / "state.pt", weights_only=False, map_location="cpu")
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove it to resume from the one before") from error
 
 

@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 Keys = tuple[str | int, ...]
+Model = type[pydantic.BaseModel]
 T = TypeVar("T", bound="Config")
 
 
@@ -33,16 +34,14 @@ class ConfigError(Exception):
     """A wrong recipe or a wrong usage. `str(error)` is the whole message for the user, one line per problem."""
 
 
-class Config(pydantic.BaseModel):
+class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True, validate_default=True):
     """Base of all configs: immutable, no unknown keys, no silent conversion of types; the text under a field describes it.
 
     An int is taken for a float; a bool is never a number and a text never becomes one; infinity and NaN are refused.
     A union of several configs needs a `Field(discriminator=...)`, so that errors are about the one that was meant.
     """
 
-    model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = pydantic.ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def suggest(word: object, choices: Iterable[object]) -> str:
@@ -125,15 +124,12 @@ class _Builder:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             value = None if node is None else self.build(node, at)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            place = self.origin or f"{self.path}:{mark.line + 1}:{mark.column + 1}"
+            place = self.origin or f"{self.path}:{error.problem_mark.line + 1}:{error.problem_mark.column + 1}"
             hint = "; indent with spaces, not tabs" if "\\t" in error.problem else "; quote the value" if self.origin else ""
             raise ConfigError(f"{place}: not valid YAML: {error.problem}{f' ({error.context})' if error.context else ''}{hint}") from error
         except yaml.reader.ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
-            raise ConfigError(
-                f"{self.origin or f'{self.path}:{line}'}: not valid YAML: the character {chr(error.character)!a} is not allowed"
-            ) from error
+            place = self.origin or f"{self.path}:{text.count(chr(10), 0, error.position) + 1}"
+            raise ConfigError(f"{place}: not valid YAML: the character {chr(error.character)!a} is not allowed") from error
         except RecursionError as error:
             raise ConfigError(f"{self.origin or self.path}: nested too deeply; does an anchor contain itself?") from error
         if self.origin and node is not None and text[node.end_mark.index :].strip():
@@ -149,7 +145,7 @@ class _Builder:
         kind = node.tag.removeprefix(_TAG)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(kind, node, keys)
-        if kind not in ("map", "seq"):
+        if kind != ("map" if isinstance(node, yaml.MappingNode) else "seq"):
             return self.fail(node, keys, f"the YAML tag {kind} is not supported: write plain values")
         items = self.entries(node, keys) if kind == "map" else {i: (n.start_mark.line + 1, n) for i, n in enumerate(node.value)}
         self.marks |= {(*keys, key): line for key, (line, _) in items.items()}
@@ -168,8 +164,8 @@ class _Builder:
             else:
                 own[key] = (key_node.start_mark.line + 1, value_node)
         inherited: dict[Any, tuple[int, yaml.Node]] = {}
-        _, merged = own.pop(_MERGE, (0, yaml.SequenceNode(_MERGE, [])))
-        for base in merged.value if isinstance(merged, yaml.SequenceNode) else [merged]:
+        _, merged = own.pop(_MERGE, (0, None))
+        for base in merged.value if isinstance(merged, yaml.SequenceNode) else [merged] if merged else []:
             if isinstance(base, yaml.MappingNode):
                 inherited = self.entries(base, keys) | inherited
             else:
@@ -197,8 +193,7 @@ def parse_yaml(text: str, path: str = "recipe") -> Source:
     builder = _Builder(path)
     data = builder.parse(text)
     if not isinstance(data, dict):
-        found = "nothing: the file is empty" if data is None else _describe(data)
-        raise ConfigError(f"{path}: expected a mapping (key: value) at the top level, got {found}")
+        raise ConfigError(f"{path}: expected a mapping (key: value), got {'an empty file' if data is None else _describe(data)}")
     return Source(data, path, builder.marks)
 
 
@@ -214,8 +209,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Source:
         return parse_yaml(raw.decode("utf-8-sig"), str(path))
     except FileNotFoundError as error:
         here = "" if path.is_absolute() else f" (current directory: {Path.cwd()})"
-        folder = path.parent
-        near = suggest(path.name, os.listdir(folder)) if folder.is_dir() else f"; there is no folder {folder}"
+        near = suggest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else f"; there is no folder {path.parent}"
         raise ConfigError(f"{path}: no such file{here}{near}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {'it is a folder' if path.is_dir() else error.strerror}") from error
@@ -281,7 +275,7 @@ def _describe(value: object) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else f"the number {value}"
 
 
-def _models(annotation: Any, suffix: str = "") -> list[tuple[str, type[pydantic.BaseModel]]]:
+def _models(annotation: Any, suffix: str = "") -> list[tuple[str, Model]]:
     """The configs an annotation can hold, each with `[]` for every list or mapping around it."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return [(suffix, annotation)]
@@ -289,7 +283,7 @@ def _models(annotation: Any, suffix: str = "") -> list[tuple[str, type[pydantic.
     return [found for part in typing.get_args(annotation) for found in _models(part, suffix)]
 
 
-def _walk(model: type[pydantic.BaseModel], above: Keys = (), seen: tuple[type, ...] = ()) -> Iterator[tuple[Keys, FieldInfo]]:
+def _walk(model: Model, above: Keys = (), seen: tuple[type, ...] = ()) -> Iterator[tuple[Keys, FieldInfo]]:
     """Every field of a config and of the configs inside it, with its keys; a config within itself is entered once."""
     for name, info in model.model_fields.items():
         yield (*above, name), info
@@ -298,11 +292,8 @@ def _walk(model: type[pydantic.BaseModel], above: Keys = (), seen: tuple[type, .
                 yield from _walk(inner, (*above, name + suffix), (*seen, model))
 
 
-def _locate(model: type[pydantic.BaseModel], data: Any, loc: tuple[int | str, ...]) -> tuple[Keys, list[type[pydantic.BaseModel]]]:
-    """The keys in pydantic's `loc`, and the configs that could own the last one.
-
-    `loc` names union members, too: what is neither in the data nor a field is one of those.
-    """
+def _locate(model: Model, data: Any, loc: tuple[int | str, ...]) -> tuple[Keys, list[Model]]:
+    """The keys in pydantic's `loc`, which also names members of unions, and the configs that could own the last key."""
     keys: Keys = ()
     models = [model]
     for part in loc:
@@ -311,25 +302,25 @@ def _locate(model: type[pydantic.BaseModel], data: Any, loc: tuple[int | str, ..
         if inside or infos or isinstance(part, int):
             keys, data = (*keys, part), data[part] if inside else None
             models = [inner for info in infos for _, inner in _models(info.annotation)] if infos else models
-        else:
+        else:  # neither in the data nor a field: a member of a union
             models = [inner for inner in models if inner.__name__ == part] or models
     return keys, models
 
 
-def _explain(errors: list[Any], keys: Keys, owners: list[type[pydantic.BaseModel]], root: type[pydantic.BaseModel]) -> str:
+def _explain(errors: list[tuple[Any, list[Model]]], keys: Keys, root: Model) -> str:
     """What is wrong with one key, in plain words; there are several errors where it can be of several types."""
-    raw = errors[0]
+    raw = errors[0][0]
     if raw["type"] == "extra_forbidden":
         sections = sorted({dotted(place[:-1]) for place, _ in _walk(root) if place[-1] == keys[-1]})
         if sections:
             return "unknown key; it belongs " + " or ".join(f"under '{name}'" if name else "at the top level" for name in sections[:3])
-        return "unknown key" + suggest(keys[-1], (name for owner in owners for name in owner.model_fields))
+        return "unknown key" + suggest(keys[-1], (name for _, owners in errors for owner in owners for name in owner.model_fields))
     if "error" in raw.get("ctx", {}):  # a validator raised it
         return str(raw["ctx"]["error"])
     value, hint, expected = raw["input"], "", []
-    for kind, context, message in ((error["type"], error.get("ctx", {}), error["msg"]) for error in errors):
-        phrase = _EXPECTED.get(kind) or _EXPECTED.get(kind.split("_")[0])
-        expected.append(phrase.format(**context) if phrase else message)
+    for error, _ in errors:
+        phrase = _EXPECTED.get(error["type"]) or _EXPECTED.get(error["type"].split("_")[0])
+        expected.append(phrase.format(**error.get("ctx", {})) if phrase else error["msg"])
     if isinstance(value, str) and _NUMBER.fullmatch(value) and {"a number", "a whole number"} & {*expected}:
         hint = "; write it without quotes"
     elif isinstance(value, str):
@@ -348,23 +339,23 @@ def validate(model: type[T], source: Source, at: Keys = ()) -> T:
     """
     data: Any = source.data
     for depth, key in enumerate(at):
-        if not isinstance(data, (list, dict)) or isinstance(data, list) != isinstance(key, int):
+        if type(data) is not {int: list, str: dict}[type(key)]:
             raise ConfigError(source.problem(at[:depth], f"expected a mapping or a list, got {_describe(data)}"))
-        data = data[key] if isinstance(data, list) else data.get(key, {})
+        data = data[key] if isinstance(key, int) else data.get(key, {})
     try:  # as JSON, which has the types of YAML: strict validation then takes a list for a tuple and a text for a path
         return model.model_validate_json(json.dumps(data, default=os.fspath))
     except pydantic.ValidationError as error:
-        found: dict[Keys, tuple[list[Any], list[type[pydantic.BaseModel]]]] = {}
+        found: dict[Keys, list[tuple[Any, list[Model]]]] = {}
         for raw in error.errors(include_url=False):
             keys, owners = _locate(model, data, raw["loc"])
-            found.setdefault(keys, ([], owners))[0].append(raw)
+            found.setdefault(keys, []).append((raw, owners))
         problems = []
-        for keys, (raws, owners) in found.items():
+        for keys, errors in found.items():
             if any(other[: len(keys)] == keys != other for other in found):
                 continue  # one member of a union fits but for what is inside it: the other members say nothing new
             place = (*at, *keys)
-            missing = f"{source.where(place)}: missing key '{dotted(place)}'" if raws[0]["type"] == "missing" else ""
-            problems.append((source.line(place) or float("inf"), missing or source.problem(place, _explain(raws, keys, owners, model))))
+            missing = f"{source.where(place)}: missing key '{dotted(place)}'" if errors[0][0]["type"] == "missing" else ""
+            problems.append((source.line(place) or float("inf"), missing or source.problem(place, _explain(errors, keys, model))))
         raise ConfigError("\n".join(text for _, text in sorted(problems, key=lambda problem: problem[0]))) from error
 
 
@@ -372,9 +363,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that the reader would refuse unquoted."""
 
 
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar(_TAG + "str", text, style="'" if _scalar_problem("str", text) else None)
-)
+_Dumper.add_representer(str, lambda self, text: self.represent_scalar(_TAG + "str", text, "'" if _scalar_problem("str", text) else None))
 
 
 def dump_yaml(config: Config | dict[str, Any]) -> str:
@@ -401,15 +390,11 @@ def _type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def defaults_table(model: type[Config]) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, description) of every field, sections flattened to dotted keys, `[]` for the items of a list.
-
-    The default is YAML on one line, `required` where there is none.
-    """
+    """(dotted key, type, default as YAML or `required`, description) of every field; `[]` stands for the items of a list."""
     rows = []
     for keys, info in _walk(model):
         if not isinstance(info.annotation, type) or not issubclass(info.annotation, pydantic.BaseModel):  # else its fields follow
-            value = to_jsonable_python(None if info.is_required() else info.get_default(call_default_factory=True))
-            text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-            default = "required" if info.is_required() else text
+            value = "required" if info.is_required() else to_jsonable_python(info.get_default(call_default_factory=True))
+            default = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
             rows.append((dotted(keys), _type_text(info.annotation, info.metadata), default, info.description or ""))
     return rows

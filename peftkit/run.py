@@ -47,7 +47,10 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     )  # fmt: skip
     handles = {}
     if not recipe.train.full_finetuning or recipe.methods:
-        summary = methods.attach(model, recipe.build_methods())
+        try:
+            summary = methods.attach(model, recipe.build_methods())
+        except ValueError as error:  # a target that matches nothing, say
+            raise ConfigError(f"methods: {error}") from error
         handles = methods.attachment(model).handles
         console.print(str(summary), highlight=False, markup=False)
     if recipe.train.full_finetuning:

@@ -136,8 +136,8 @@ def test_good_recipe_and_lines() -> None:
 
 
 def test_plain_scalars() -> None:
-    source = parse_yaml("{a: 2.0e-4, b: .5, c: 0x10, d: ~, e: True, f: '2e-4', g: \"no\", h: 1_000, i: '1:30', j: 0, k: builtin:tiny, l: =, m: y}")
-    assert source.data == {
+    text = "{a: 2.0e-4, b: .5, c: 0x10, d: ~, e: True, f: '2e-4', g: \"no\", h: 1_000, i: '1:30', j: 0, k: builtin:tiny, l: =, m: y}"
+    assert parse_yaml(text).data == {
         **{"a": 2e-4, "b": 0.5, "c": 16, "d": None, "e": True, "f": "2e-4", "g": "no", "h": 1000, "i": "1:30", "j": 0},
         **{"k": "builtin:tiny", "l": "=", "m": "y"},
     }
@@ -155,10 +155,10 @@ def test_plain_scalars() -> None:
         ("NO", "YAML reads NO as false: write true or false"),
         ("On", "YAML reads On as true"),
         ("off", "YAML reads off as false"),
-        ("0123", "YAML reads 0123 as an octal number: write a number without the leading zero, or quote it"),
-        ("0899", "YAML reads 0899 as text: write a number without the leading zero"),
+        ("0123", "YAML reads 0123 as an octal number: write it without the leading zero, or quote it if it is a text"),
+        ("0899", "YAML reads 0899 as text: write it without the leading zero"),
         ("0o17", "YAML reads 0o17 as text"),
-        ("1:30", "YAML reads 1:30 as a number in base 60: quote it"),
+        ("1:30", "YAML reads 1:30 as a number in base 60: write a plain number, or quote it"),
         ("1:30:00.5", "YAML reads 1:30:00.5 as a number in base 60"),
         ("2024-01-02", "YAML reads 2024-01-02 as a date: quote it"),
         ("2024-01-02 10:00:00", "as a date: quote it"),
@@ -166,7 +166,9 @@ def test_plain_scalars() -> None:
         ("!!int abc", "'abc' is no int"),
         ("!!bool abc", "'abc' is no bool"),
         ("!!python/name:os.system x", "is not supported"),
-        ("!!set {a, b}", "the tag !!set is not supported"),
+        ("!!seq {a: 1}", "the YAML tag seq is not supported"),
+        ('!!timestamp "2024-01-02"', "the YAML tag timestamp is not supported"),
+        ("!!set {a, b}", "the YAML tag set is not supported"),
     ],
 )
 def test_scalars_that_yaml_reads_otherwise(scalar: str, message: str) -> None:
@@ -181,34 +183,37 @@ def test_what_a_scalar_error_proposes_is_accepted() -> None:
 
 
 def test_all_problems_of_a_file_at_once() -> None:
-    lines = read_error("a: 2e-4\nb: no\nb: 1\n").splitlines()
-    assert [line.split(": ")[:2] for line in lines] == [["recipe.yaml:1", "a"], ["recipe.yaml:2", "b"], ["recipe.yaml:3", "b"]] or [
-        line.split(": ")[0] for line in lines
-    ] == ["recipe.yaml:3", "recipe.yaml:1", "recipe.yaml:2"]
+    lines = read_error("a: 2e-4\nb: {c: no,\n  c: 1}\nd: [.5, +.5]\n").splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["recipe.yaml:1", "a"],
+        ["recipe.yaml:3", "b.c"],
+        ["recipe.yaml:2", "b.c"],
+        ["recipe.yaml:4", "d.1"],
+    ]
 
 
 def test_missing_file_names_the_nearest_and_the_current_directory(tmp_path: Path) -> None:
     write("a: 1", "quickstart.yaml")
-    with pytest.raises(ConfigError, match="did you mean 'quickstart.yaml'") as caught:
+    with pytest.raises(ConfigError, match=r"did you mean 'quickstart.yaml'") as caught:
         read_yaml("quickstrat.yaml")
     assert str(caught.value).startswith("quickstrat.yaml: no such file") and f"current directory: {Path.cwd()}" in str(caught.value)
-    with pytest.raises(ConfigError, match="did you mean 'quickstart.yaml'") as caught:
+    with pytest.raises(ConfigError, match=r"did you mean 'quickstart.yaml'") as caught:
         read_yaml(tmp_path / "quickstart.yml")
     assert "current directory" not in str(caught.value)
-    with pytest.raises(ConfigError, match="there is no folder recipes .current directory"):
+    with pytest.raises(ConfigError, match=r"no such file .current directory: .*; there is no folder recipes$"):
         read_yaml("recipes/quickstart.yaml")
-    with pytest.raises(ConfigError, match="no such file|cannot be read"):
+    with pytest.raises(ConfigError, match=r"^quickstart.yaml/x.yaml: cannot be read: "):
         read_yaml("quickstart.yaml/x.yaml")
 
 
 def test_folder_encoding_empty_and_top_level(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match=r"cannot be read: it is a folder"):
         read_yaml(tmp_path)
     assert read_error(b"a: 1\nb: caf\xe9\n") == "recipe.yaml:2: not UTF-8 (byte 0xe9): save the file as UTF-8"
-    assert read_error("a: 1\nb: \x07\n").startswith("recipe.yaml:2:4: not valid YAML: the character '\\x07'")
-    assert "got nothing: the file is empty" in read_error("")
-    assert "got nothing: the file is empty" in read_error("# only a comment\n")
-    assert "expected a mapping (key: value) at the top level, got a list of 2 items" in read_error("- a\n- b\n")
+    assert read_error("a: 1\nb: \x07\n").startswith("recipe.yaml:2: not valid YAML: the character '\\x07'")
+    assert "expected a mapping (key: value), got an empty file" in read_error("")
+    assert "expected a mapping (key: value), got an empty file" in read_error("# only a comment\n")
+    assert "expected a mapping (key: value), got a list of 2 items" in read_error("- a\n- b\n")
     assert "got the text 'hello'" in read_error("hello\n")
     assert read_yaml(write(b"\xef\xbb\xbfa: caf\xc3\xa9\r\nb: 2\r\n")).data == {"a": "café", "b": 2}
 
@@ -258,9 +263,8 @@ both:
 
 
 def test_bad_anchors_and_merges() -> None:
-    assert read_error("a: &a\n  b: *a\n") == "recipe.yaml:1: a.b: this anchor contains itself"
-    assert read_error("a: &a [*a]\n") == "recipe.yaml:1: a.0: this anchor contains itself"
-    assert "'<<' takes a mapping" in read_error("a: &a\n  <<: *a\n")
+    for text in ("a: &a\n  b: *a\n", "a: &a [*a, *a]\n", "a: &a\n  <<: *a\n", "a: " + "[" * 600):
+        assert read_error(text) == "recipe.yaml: nested too deeply; does an anchor contain itself?"
     assert read_error("a: 1\nb:\n  <<: 3\n").startswith("recipe.yaml:3: b: '<<' takes a mapping")
     assert "duplicate key" in read_error("x: &x {a: 1}\nb:\n  <<: *x\n  <<: *x\n")
 
@@ -288,7 +292,8 @@ def test_overrides() -> None:
 
 def test_overrides_in_order_and_whole_values() -> None:
     source = parse_yaml("train: {max_steps: 1}\n")
-    new = apply_overrides(source, ["methods=[{lora: {r: 4}}, {qlora: {}}]", "methods.1.qlora.r=5", "data.weights.a=1", "train={max_steps: 3}"])
+    overrides = ["methods=[{lora: {r: 4}}, {qlora: {}}]", "methods.1.qlora.r=5", "data.weights.a=1", "train={max_steps: 3}"]
+    new = apply_overrides(source, overrides)
     made = validate(Recipe, new)
     assert made.methods == [Entry(lora=LoRA(r=4)), Entry(qlora=Qlora(r=5))]
     assert made.data.weights == {"a": 1.0} and made.train.max_steps == 3
@@ -317,6 +322,8 @@ def test_the_value_of_an_override_may_hold_an_equals_sign_and_aliases_do_not_lea
         ("train.betas=[no, 1]", "train.betas.0: YAML reads no as false"),
         ("methods=[{lora: {r: 1}}", "not valid YAML: "),
         ("output_dir=@x", "quote the value"),
+        ("output_dir=a #b", "output_dir: the text after ' #' would be lost: quote the value"),
+        ("train.betas=[1, 2] # x", "the text after ' #' would be lost"),
         ("output_dir=\x07", "the character '\\x07' is not allowed"),
         ("train.max_steps.x=1", "recipe.yaml:3: 'train.max_steps' is the number 5, not a mapping or a list: it has no 'x'"),
         ("data.train.x=1", "recipe.yaml:5: 'data.train' is the text 'a.jsonl', not a mapping"),
@@ -334,16 +341,15 @@ def test_bad_overrides(override: str, message: str) -> None:
 
 def test_errors_after_an_override_name_the_command_line() -> None:
     text = "train: {max_steps: 5}\nmethods:\n  - lora: {r: 1}\n"
-    assert recipe_error(text, "train.max_step=5") == (
-        "command line: train.max_step=5: train.max_step: unknown key; did you mean 'max_steps'?"
-    )
-    assert recipe_error(text, "train.max_steps=1e3") == (
-        "command line: train.max_steps=1e3: train.max_steps: expected a whole number, got the number 1000.0"
-    )
-    assert recipe_error(text, "methods=[{lora: {r: 0}}]") == (
-        "command line: methods=[{lora: {r: 0}}]: methods.0.lora.r: expected a number of at least 1, got the number 0"
-    )
-    assert recipe_error(text, "train={}") == "command line: train={}: missing key 'train.max_steps'"
+    for override, message in {
+        "train.max_step=5": "train.max_step: unknown key; did you mean 'max_steps'?",
+        "train.max_steps=1e3": "train.max_steps: expected a whole number, got the number 1000.0",
+        "methods=[{lora: {r: 0}}]": "methods.0.lora.r: expected a number of at least 1, got the number 0",
+        "train={}": "missing key 'train.max_steps'",
+        "data.files=[1]": "data.files.0: expected a text, got the number 1; quote it if it is a text",
+    }.items():
+        assert recipe_error(text, override) == f"command line: {override}: {message}"
+    assert recipe_error("output_dir: x\n", "train.bf16=true") == "command line: train.bf16=true: missing key 'train.max_steps'"
 
 
 # --- validation ---------------------------------------------------------------------------------------------------------
@@ -397,9 +403,15 @@ def test_errors_after_an_override_name_the_command_line() -> None:
         ),
         ("train: {max_steps: 1}\ndata:\n  weights: {a: 1,\n    b: x}\n", "4: data.weights.b: expected a number, got the text 'x'"),
         ("train: {max_steps: 1}\ndata:\n  weights: [1]\n", "3: data.weights: expected a mapping, got a list of 1 item"),
-        ("train: {max_steps: 1}\ndata:\n  color: rad\n", "3: data.color: expected 'red' or 'blue', got the text 'rad'; did you mean 'red'?"),
-        ("train: {max_steps: 1}\nmethods:\n  - lora: {r: 1}\n  - qlroa: {r: 1}\n", "4: methods.1.qlroa: unknown key; did you mean 'qlora'?"),
-        ("train: {max_steps: 1}\nmethods:\n  - lora:\n      rr: 1\n", "4: methods.0.lora.rr: unknown key"),
+        (
+            "train: {max_steps: 1}\ndata:\n  color: re\n",
+            "3: data.color: expected 'red' or 'blue', got the text 're'; did you mean 'red'?",
+        ),
+        (
+            "train: {max_steps: 1}\nmethods:\n  - lora: {r: 1}\n  - qlroa: {}\n",
+            "4: methods.1.qlroa: unknown key; did you mean 'qlora'?",
+        ),
+        ("train: {max_steps: 1}\nmethods:\n  - lora:\n      rr: 1\n", "4: methods.0.lora.rr: unknown key; did you mean 'r'?"),
         ("train: {max_steps: 1}\nmethods:\n  - qlora\n", "3: methods.0: expected a mapping, got the text 'qlora'"),
     ],
 )
@@ -429,7 +441,7 @@ def test_unions_are_one_line_per_key(value: str, message: str | None) -> None:
         assert text == f"recipe.yaml:4: methods.0.lora.{message}"
 
 
-def test_unions_of_configs_report_the_nearest_member() -> None:
+def test_unions_of_configs() -> None:
     class Cosine(Config):
         kind: Literal["cosine"]
         cycles: float = 0.5
@@ -439,7 +451,7 @@ def test_unions_of_configs_report_the_nearest_member() -> None:
         end: float = 0.0
 
     class Union(Config):
-        schedule: str | Cosine | Linear = "cosine"
+        schedule: str | Linear = "cosine"
         tagged: Annotated[Cosine | Linear, Field(discriminator="kind")] = Linear(kind="linear")
         deep: list[list[int] | dict[str, int | str]] = []
 
@@ -488,25 +500,17 @@ def test_missing_section_and_bounds() -> None:
         assert message in recipe_error(text, model=Bounds)
 
 
-def test_errors_of_validators_and_of_validations_inside_them() -> None:
-    class Outer(Config):
-        inner: Any = None
+def test_an_assertion_in_a_validator_is_shown() -> None:
+    class Total(Config):
         total: int = 0
 
-        @pydantic.field_validator("inner")
-        @classmethod
-        def build(cls, value: Any) -> Any:
-            return LoRA.model_validate(value)
-
         @pydantic.model_validator(mode="after")
-        def check(self) -> Outer:
-            assert self.total < 10, "total must stay below 10"
+        def check(self) -> Total:
+            if self.total > 10:
+                raise AssertionError("total must stay below 10")
             return self
 
-    assert recipe_error("inner:\n  r: 1\n  alpa: 2\n", model=Outer) == "recipe.yaml:3: inner.alpa: unknown key; did you mean 'alpha'?" or (
-        recipe_error("inner:\n  r: 1\n  alpa: 2\n", model=Outer) == "recipe.yaml:3: inner.alpa: unknown key"
-    )
-    assert recipe_error("total: 11\n", model=Outer) == "recipe.yaml: total must stay below 10"
+    assert recipe_error("total: 11\n", model=Total) == "recipe.yaml: total must stay below 10"
 
 
 def test_a_wrong_default_is_an_error() -> None:
@@ -526,16 +530,16 @@ def test_validate_at_a_part() -> None:
         "recipe.yaml:6: methods.1.lora.r: expected a whole number, got the text 'x'",
     ]
     assert validate(LoRA, source, ("absent",)) == LoRA()
-    with pytest.raises(ConfigError, match="recipe.yaml: missing key 'train.max_steps'"):
+    with pytest.raises(ConfigError, match=r"recipe.yaml: missing key 'train.max_steps'"):
         validate(Train, source, ("train",))
-    with pytest.raises(ConfigError, match="recipe.yaml:1: methods: expected a mapping or a list, got a list"):
+    with pytest.raises(ConfigError, match=r"recipe.yaml:1: methods: expected a mapping or a list, got a list"):
         validate(LoRA, source, ("methods", "lora"))
 
 
 def test_a_source_from_plain_python_data() -> None:
     made = validate(Recipe, Source({"train": {"max_steps": 3}, "data": {"folder": Path("a/b")}}))
     assert made.data.folder == Path("a/b")
-    with pytest.raises(ConfigError, match="^recipe: train.max_steps: expected a whole number, got the text 'x'$"):
+    with pytest.raises(ConfigError, match=r"^recipe: train.max_steps: expected a whole number, got the text 'x'$"):
         validate(Recipe, Source({"train": {"max_steps": "x"}}))
 
 

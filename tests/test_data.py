@@ -19,7 +19,8 @@ from peftkit.data import DataConfig, Example, collate, colour_row, load_examples
 SPECIAL = ["<pad>", "<s>", "<end>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 MARKED = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' }}"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -359,7 +360,8 @@ def test_unknown_builtin_tasks_are_named(spec, message):
     ],
 )
 def test_bad_rows_are_errors_by_default_and_listed_when_skipped(tmp_path, row, reason):
-    refusing = tokenizer(MARKED.replace("{% if m.role == 'assistant'", "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{% if m.role == 'assistant'"))  # fmt: skip
+    no_tools = "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    refusing = tokenizer(MARKED.replace("{% if m.role == 'assistant' %}", no_tools + "{% if m.role == 'assistant' %}"))
     path = write(tmp_path / "rows.jsonl", [turns(("user", "hi"), ("assistant", "yo")), row])
     cut = {"train": path, "max_length": 24, "truncation": "right"}
     with pytest.raises(ConfigError, match=rf"(?s)1 of 2 rows cannot be used.*on_bad_row: skip.*rows.jsonl:2: .*{reason}"):
@@ -460,10 +462,8 @@ def test_the_first_token_of_a_document_is_never_predicted_from_the_one_before():
 def mistral() -> MistralForCausalLM:
     """Attends to the four last tokens only."""
     torch.manual_seed(0)
-    return MistralForCausalLM(
-        MistralConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                      sliding_window=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )  # fmt: skip
+    sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return MistralForCausalLM(MistralConfig(**sizes, sliding_window=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
 
 def document_losses(model: torch.nn.Module, batch: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:

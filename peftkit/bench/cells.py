@@ -61,6 +61,10 @@ class Record(Config):
     traceback: str | None = None
     """End of a failed cell's log."""
 
+    def failure(self) -> str:
+        """One line on what failed and how."""
+        return f"{self.method} seed {self.seed}: FAILED ({str(self.kind).replace('_', ' ')}, exit code {self.exit_code})"
+
 
 class Results(Config):
     """All records of a suite and where they come from: the content of results.json."""
@@ -71,7 +75,7 @@ class Results(Config):
     commit: str | None = None
     """Of the package's repository; None where it is installed without one."""
     dirty: bool | None = None
-    """Whether tracked files differed from the commit."""
+    """Whether the package differed from the commit."""
     created: str
     machine: dict[str, Any] = {}
     versions: dict[str, str] = {}
@@ -97,27 +101,27 @@ def peftkit_run(cell: Path) -> list[str]:
 
 def run_suite(
     suite: Suite, folder: str | Path, jobs: int = 1, only: Sequence[str] | None = None, console: Console | None = None,
-    command: Command = peftkit_run,
+    command: Command | None = None,
 ) -> list[Record]:  # fmt: skip
     """Runs what is not done yet, `jobs` cells at a time, and writes results.json; returns the records of all cells that have one.
 
-    only: the methods to run; the others keep the records they have. command: makes a cell's command line of its cell.yaml.
+    only: the methods to run; the others keep the records they have. command: makes a cell's command line of its cell.yaml,
+    by default `peftkit_run`.
     KeyboardInterrupt ends the running cells and is raised again; those have no record then and run the next time.
     Raises ConfigError for an unknown method in `only`.
     """
     console = console or Console(stderr=True)
     for method in only or []:
         if method not in suite.methods:
-            raise ConfigError(
-                f"suite {suite.name} has no method {method!r}{suggest(method, suite.methods)} (it has: {', '.join(suite.methods)})"
-            )
+            known = f"{suggest(method, suite.methods)} (it has: {', '.join(suite.methods)})"
+            raise ConfigError(f"suite {suite.name} has no method {method!r}{known}")
     home, planned = Path(folder) / suite.name, cells(suite)
     kept = {cell.folder: record for cell in planned if (record := _read_record(home / cell.folder, cell.key))}
     todo = [
         cell for cell in planned if (not only or cell.method in only) and (cell.folder not in kept or kept[cell.folder].status == "failed")
     ]
     console.print(f"suite {suite.name}: {len(planned)} cells, {len(todo)} to run", highlight=False)
-    new = _Runner(home, suite.metric, jobs, command, console).run(todo) if todo else {}
+    new = _Runner(home, suite.metric, jobs, command or peftkit_run, console).run(todo) if todo else {}
     records = [record for cell in planned if (record := new.get(cell.folder) or kept.get(cell.folder))]
     write_results(home / "results.json", _results(suite, records))
     return records
@@ -145,9 +149,8 @@ class _Runner:
                     for future in wait(pending, timeout=1.0, return_when=FIRST_COMPLETED).done:
                         record = future.result()
                         records[pending.pop(future).folder] = record
-                        self.console.print(
-                            f"[{len(records)}/{len(todo)}] {_line(record, self.metric)}", highlight=False, markup=False, soft_wrap=True
-                        )
+                        line = f"[{len(records)}/{len(todo)}] {_line(record, self.metric)}"
+                        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         except BaseException:
             self._stop()
             raise
@@ -252,10 +255,9 @@ def _read_record(place: Path, key: str) -> Record | None:
 
 
 def _line(record: Record, metric: str) -> str:
-    name = f"{record.method} seed {record.seed}"
     if record.status == "done":
-        return f"{name}: {metric} {record.after[metric]:.3f}, {record.wall_seconds:.0f} s"
-    return f"{name}: FAILED ({str(record.kind).replace('_', ' ')}, exit code {record.exit_code}) after {record.wall_seconds:.0f} s, log: {record.log}"
+        return f"{record.method} seed {record.seed}: {metric} {record.after[metric]:.3f}, {record.wall_seconds:.0f} s"
+    return f"{record.failure()}, after {record.wall_seconds:.0f} s, log: {record.log}"
 
 
 # --- results.json -------------------------------------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def _results(suite: Suite, records: list[Record]) -> Results:
         metric=suite.metric,
         target=suite.target,
         commit=commit,
-        dirty=bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        dirty=bool(_git("status", "--porcelain", ".")) if commit else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=done[0].machine if done else {},
         versions=done[0].versions if done else {},

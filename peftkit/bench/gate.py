@@ -103,14 +103,8 @@ def _verdict(method: str, expected: BaselineMethod, results: Results, margin: fl
     if mean < least:
         return Verdict(method, False, mean, expected.accuracy, least, f"below the baseline: {drop}")
     if failed:
-        return Verdict(
-            method,
-            False,
-            mean,
-            expected.accuracy,
-            least,
-            f"{len(failed)} of {len(records)} seeds failed ({_kinds(failed)}); the others: {drop}",
-        )
+        words = f"{len(failed)} of {len(records)} seeds failed ({_kinds(failed)}); the others: {drop}"
+        return Verdict(method, False, mean, expected.accuracy, least, words)
     return Verdict(method, True, mean, expected.accuracy, least, drop)
 
 
@@ -150,9 +144,8 @@ def accept(results: Results, partly: bool = False) -> Baseline:
     """
     if results.failed and not partly:
         names = ", ".join(f"{record.method} seed {record.seed}" for record in results.failed)
-        raise ConfigError(
-            f"suite {results.suite}: {len(results.failed)} cells failed ({names}): run them again before their results become a baseline"
-        )
+        count = f"{len(results.failed)} of {len(results.cells)} cells failed"
+        raise ConfigError(f"suite {results.suite}: {count} ({names}): run them again before their results become a baseline")
     methods = {}
     for method, records in results.methods.items():
         done = [record for record in records if record.status == "done"]
@@ -167,26 +160,20 @@ def _accepted(values: list[float], outcomes: list[list[int]]) -> BaselineMethod:
     counts = {len(each) for each in outcomes}
     whole = len(counts) == 1 and 0 not in counts
     interval = accuracy(outcomes) if whole else mean_over_seeds(values)
-    return BaselineMethod(
-        accuracy=float(np.mean(values)),
-        low=interval.low,
-        high=interval.high,
-        seed_accuracies=values,
-        examples=counts.pop() if whole else None,
-    )
+    examples = counts.pop() if whole else None
+    mean = float(np.mean(values))
+    return BaselineMethod(accuracy=mean, low=interval.low, high=interval.high, seed_accuracies=values, seeds=len(values), examples=examples)
 
 
 def baseline_json(baseline: Baseline) -> str:
     """The text of a baseline file: one line per method."""
-    head = {"suite": baseline.suite, "metric": baseline.metric}
-    lines = [
-        f"    {json.dumps(name)}: {json.dumps(_rounded(method.model_dump(exclude_none=True)))}" for name, method in baseline.methods.items()
-    ]
-    start = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items() if value is not None)
-    return "{\n" + start + '  "methods": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+    head = "".join(f'  "{key}": {json.dumps(value)},\n' for key in ("suite", "metric") if (value := getattr(baseline, key)) is not None)
+    lines = [f"    {json.dumps(name)}: {_line(method)}" for name, method in baseline.methods.items()]
+    return "{\n" + head + '  "methods": {\n' + ",\n".join(lines) + "\n  }\n}\n"
 
 
-def _rounded(values: dict) -> dict:
-    return {
-        key: [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6) for key, value in values.items() if value != []
-    }
+def _line(method: BaselineMethod) -> str:
+    found = {}
+    for key, value in method.model_dump(exclude_none=True).items():
+        found[key] = [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6)
+    return json.dumps(found)

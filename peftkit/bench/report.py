@@ -82,7 +82,7 @@ def notes(results: Results) -> list[str]:
     lines += _base(results)
     if any(row.done == 1 for row in table(results)):
         lines.append("The interval of a method with one seed is about that one run; other seeds may lie outside.")
-    lines += [f"FAILED: {_failure(record)}" for record in results.failed]
+    lines += [_failure(record) for record in results.failed]
     return lines + [_origin(results)]
 
 
@@ -101,13 +101,9 @@ def terminal(results: Results, console: Console) -> None:
 def markdown(results: Results) -> str:
     """The report as GitHub-flavoured Markdown."""
     rows = [list(COLUMNS), ["---", "---", *["---:"] * (len(COLUMNS) - 2)], *(row.texts() for row in table(results))]
-    lines = [
-        f"### Suite {results.suite}: {results.metric}",
-        "",
-        *("| " + " | ".join(_escaped(text) for text in row) + " |" for row in rows),
-        "",
-    ]
-    return "\n".join(lines + [f"- {_escaped(line)}" for line in notes(results)]) + "\n"
+    lines = ["| " + " | ".join(_escaped(text) for text in row) + " |" for row in rows]
+    lines = [f"### Suite {results.suite}: {results.metric}", "", *lines, "", *(f"- {_escaped(line)}" for line in notes(results))]
+    return "\n".join(lines) + "\n"
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------------
@@ -173,7 +169,7 @@ def _base(results: Results) -> list[str]:
 
 def _failure(record: Record) -> str:
     last = next((line.strip() for line in reversed((record.traceback or "").splitlines()) if line.strip()), "nothing in its log")
-    return f"{record.method} seed {record.seed} ({str(record.kind).replace('_', ' ')}, exit code {record.exit_code}): {last} (log: {record.log})"
+    return f"{record.failure()}: {last} (log: {record.log})"
 
 
 def _origin(results: Results) -> str:

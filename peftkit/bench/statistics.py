@@ -11,10 +11,12 @@ McCulloch, Variance Components, 1992):
 var(r) over (seeds - 1)(examples - 1) degrees of freedom is the noise of a single answer; it is in both means and counted once.
 The interval is a two-level bootstrap (Efron 1979; crossed factors: McCullagh 2000, Owen 2007): seeds and examples are drawn
 again, independently, and each draw moves m by the mean of the drawn seed deviations, scaled to V_seed, plus the mean of the drawn
-example deviations. Seed deviations are drawn with a random sign: a few seeds say how far they spread, not to which side. Percentiles of a bootstrap over three seeds are far too narrow, so their distance from m is stretched by t / z
-(Hesterberg 2015, "What Teachers Should Know About the Bootstrap"), t with Satterthwaite's (1946) degrees of freedom:
+example deviations. Seed deviations are drawn with a random sign: a few seeds say how far they spread, not to which side.
+Percentiles of a bootstrap over three seeds are far too narrow, so their distance from m is stretched by t / z (Hesterberg 2015,
+"What Teachers Should Know About the Bootstrap"), where t weighs the quantiles of the two levels by their variances (Cochran & Cox
+1950, for means of unequal variances; a little wide where both count, while Satterthwaite's rule is too narrow for three seeds):
 
-    df = (V_seed + V_example)^2 / (V_seed^2 / (seeds - 1) + V_example^2 / (examples - 1))
+    t = (V_seed t(seeds - 1) + V_example t(examples - 1)) / (V_seed + V_example)
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-REPLICATES = 4000
+REPLICATES = 2000
 SEED = 0  # of the bootstrap: the same results file always gives the same report
 CONFIDENCE = 0.95
 NORMAL = 1e6  # degrees of freedom from which on Student's t is taken for normal
@@ -70,7 +72,7 @@ def t_quantile(probability: float, df: float) -> float:
     """
     df = min(max(df, 1.0), NORMAL)
     edge = min(np.pi / 2, 40 / np.sqrt(df))  # beyond it nothing is left, for many degrees of freedom
-    u = np.linspace(0.0, edge, 100_001)
+    u = np.linspace(0.0, edge, 20_001)
     density = np.cos(u) ** (df - 1)
     area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     side = np.interp(abs(2 * probability - 1), area / area[-1], u)
@@ -132,9 +134,9 @@ def _two_level(values: ArrayLike, confidence: float, extra: tuple[float, ...] = 
     signed = np.concatenate([of_seed, -of_seed])
     draws = mean + rng.choice(signed, (REPLICATES, seeds)).mean(1) + rng.choice(drawn, (REPLICATES, examples)).mean(1)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    t = [t_quantile((1 + confidence) / 2, df) for df in (seeds - 1, examples - 1, NORMAL)]
     total = v_seed + v_example
-    df = total**2 / (v_seed**2 / max(seeds - 1, 1) + v_example**2 / max(examples - 1, 1)) if total else NORMAL
-    stretch = t_quantile((1 + confidence) / 2, df) / t_quantile((1 + confidence) / 2, NORMAL)
+    stretch = (v_seed * t[0] + v_example * t[1]) / (total * t[2]) if total else 1.0
     return float(mean), float(mean - (mean - low) * stretch), float(mean + (high - mean) * stretch)
 
 

@@ -44,10 +44,7 @@ def run(
     terminal(results, stdout())
     failed = [record for record in records if record.status == "failed"]
     for record in failed:
-        kind = str(record.kind).replace("_", " ")
-        typer.secho(
-            f"failed: {record.method} seed {record.seed} ({kind}, exit code {record.exit_code}), log: {record.log}", fg="red", err=True
-        )
+        typer.secho(f"{record.failure()}, log: {record.log}", fg="red", err=True)
     if failed:
         raise typer.Exit(1)
 
@@ -83,10 +80,8 @@ def report(
 
 @bench.command()
 def gate(
-    baseline: Annotated[str, typer.Option(metavar="FILE", help="What `bench accept` wrote, or an earlier results.json.")],
-    results: Annotated[
-        str | None, typer.Argument(metavar="[RESULTS]", help="By default those of the baseline's suite in --folder.")
-    ] = None,
+    baseline: Annotated[str, typer.Option(metavar="FILE", help="Made by `bench accept`, or an earlier results.json.")],
+    results: Annotated[str | None, typer.Argument(metavar="[RESULTS]", help="By default those of the suite in --folder.")] = None,
     margin: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop that is tolerated beside noise, as a fraction.")] = 0.02,
     folder: Folder = FOLDER,
 ) -> None:
@@ -102,14 +97,12 @@ def gate(
 
     expected = load_baseline(baseline)
     if results is None and expected.suite is None:
-        raise ConfigError(
-            f"{baseline}: names no suite, so the results to judge must be given: peftkit bench gate RESULTS --baseline {baseline}"
-        )
+        raise ConfigError(f"{baseline}: names no suite, so name the results too: peftkit bench gate RESULTS --baseline {baseline}")
     verdicts = judge(load_results(results or Path(folder) / str(expected.suite)), expected, margin)
-    rows = [
-        [v.method, *("-" if x is None else f"{x:.1%}" for x in (v.accuracy, v.baseline, v.least)), "pass" if v.passed else "FAIL", v.words]
-        for v in verdicts
-    ]
+    rows = []
+    for v in verdicts:
+        numbers = ["-" if value is None else f"{value:.1%}" for value in (v.accuracy, v.baseline, v.least)]
+        rows.append([v.method, *numbers, "pass" if v.passed else "FAIL", v.words])
     stdout().print(table("gate", ["method", "accuracy", "baseline", "lowest that passes", "verdict", "why"], rows))
     if not all(verdict.passed for verdict in verdicts):
         raise typer.Exit(1)

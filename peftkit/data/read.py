@@ -242,7 +242,8 @@ def read_hub(spec: str, split: str) -> list[Record | BadRow]:
         raise ConfigError(
             f"{spec!r} is no local file, and reading split {split!r} of the data set {name!r} from the hub failed: {first_line(error)}"
         ) from error
-    return [Record(f"{name}:{split}[{i}]", dict(row)) for i, row in enumerate(rows)]
+    source = f"{name}/{subset}:{split}" if subset else f"{name}:{split}"
+    return [Record(f"{source}[{i}]", dict(row)) for i, row in enumerate(rows)]
 
 
 def as_record(where: str, row: Any) -> Record | BadRow:

@@ -97,8 +97,8 @@ class Renderer:
         drafts = [row if isinstance(row, BadRow) else self.draft(row) for row in rows]
         good = [draft for draft in drafts if isinstance(draft, Draft)]
         texts = [draft for draft in good if not draft.ids]
-        for draft, (ids, offsets) in zip(texts, self.encode([draft.text for draft in texts]), strict=True):
-            draft.ids, draft.trained = ids, mark(offsets, draft.spans)
+        for rendered, (ids, offsets) in zip(texts, self.encode([draft.text for draft in texts]), strict=True):
+            rendered.ids, rendered.trained = ids, mark(offsets, rendered.spans)
         prompts = iter(self.encode([draft.prompt for draft in good]))
         for draft in drafts:
             yield draft if isinstance(draft, BadRow) else self.finish(draft, next(prompts)[0])
@@ -139,10 +139,11 @@ class Renderer:
     def draft_marked(self, row: Row) -> Draft:
         """Ids and marks by the template's `{% generation %}` markers."""
         messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
-        out = self.tokenizer.apply_chat_template(
-            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        options = {"return_offsets_mapping": True, "verbose": False}
+        out: Any = self.tokenizer.apply_chat_template(
+            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=options
         )
-        ids, trained = list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
+        ids, offsets, trained = list(out["input_ids"]), out["offset_mapping"], [bool(mark) for mark in out["assistant_masks"]]
         spans = runs(trained)
         # Neighbouring assistant turns may run into one another; fewer spans than that means that some were not found.
         expected = sum(turn - 1 not in turns for turn in turns if messages[turn]["content"])
@@ -155,6 +156,9 @@ class Renderer:
         elif self.config.loss_on == "last":
             trained, spans = [False] * len(ids), spans[-1:]
         for start, end in spans:
+            # A last character of several bytes has a token for each; transformers marks the first.
+            while end < len(ids) and offsets[end] == offsets[end - 1]:
+                end += 1
             # A template may close the markers before the end-of-turn token, which is to be learned all the same.
             if end < len(ids) and ids[end - 1] not in self.special_ids and ids[end] in self.special_ids:
                 end += 1
@@ -195,7 +199,7 @@ class Renderer:
         return Draft(row, text, spans, prompt, answer_text(messages, turns))
 
     def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+        return str(self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False))
 
     def tools(self, row: Row) -> list[Any] | None:
         """The row's tools, where the template knows what to do with them."""
@@ -309,7 +313,7 @@ def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
     done, start = "", 0
     for trained, group in groupby(example.trained):
         start += len(list(group))
-        text = tokenizer.decode(example.input_ids[:start], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(example.input_ids[:start], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         yield text[len(done) :], trained
         done = text
 

@@ -152,8 +152,9 @@ class LoRALinear(AdapterLayer):
         return {"A": (f"lora_A.{ADAPTER}.weight", self.a), "B": (f"lora_B.{ADAPTER}.weight", self.b)}
 
     def delta(self) -> Tensor:
-        """s B A (out, in)."""
-        return self.scale * (self.b @ self.a)
+        """s B A (out, in), fp32 at least: trl's SFTTrainer makes the masters bf16 on a quantised base."""
+        dtype = torch.promote_types(self.a.dtype, torch.float32)
+        return self.scale * (self.b.to(dtype) @ self.a.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -168,7 +169,8 @@ class LoRALinear(AdapterLayer):
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         weight = dense_weight(self.base_layer) if weight is None else weight
-        return (weight.to(self.a.dtype) + self.delta()).to(weight.dtype).detach()
+        delta = self.delta()
+        return (weight.to(delta.dtype) + delta).to(weight.dtype).detach()
 
 
 class DoRALinear(LoRALinear):
@@ -208,9 +210,10 @@ class DoRALinear(LoRALinear):
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         weight = dense_weight(self.base_layer) if weight is None else weight
-        exact = weight.to(self.a.dtype)
+        delta = self.delta()
+        exact = weight.to(delta.dtype)
         gain = self.gain(exact, row_squares(exact))
-        return ((exact + self.delta()) * gain[:, None]).to(weight.dtype).detach()
+        return ((exact + delta) * gain[:, None]).to(weight.dtype).detach()
 
 
 # -------------------------------------------------------------------------------------------------- find, swap, restore

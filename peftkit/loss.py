@@ -45,7 +45,7 @@ class TokenLoss(nn.Module):
             return F.cross_entropy(logits.float(), targets, reduction="sum"), chosen.sum()
         hidden = self._hidden(inputs)[chosen]  # (supervised, dim)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), CHUNK):
+        for start in range(0, max(len(hidden), 1), CHUNK):  # at least once: a batch without supervised tokens still goes backward
             part = (hidden[start : start + CHUNK], targets[start : start + CHUNK])
             # One chunk alone is no saving, and its logits need not be computed twice.
             total = total + (checkpoint(self._chunk, *part, use_reentrant=False) if len(hidden) > CHUNK and torch.is_grad_enabled() else self._chunk(*part))

@@ -45,16 +45,19 @@ def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Mo
     missing = sorted(set(layers) - set(originals or layers))
     if missing:
         raise ValueError(f"no original weight for {len(missing)} adapted modules, such as {missing[0]}")
+    # An 8-bit layer names no compute dtype: its weight becomes what the model keeps the rest in.
+    kept = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point() and not parameter.requires_grad), None)
     for name, layer in layers.items():
         base = layer.base_layer
-        weight = layer.merged_weight(None if originals is None else originals[name].to(layer.role_parameters()["A"][1].device))
+        original = dense_weight(base, kept if quant.is_8bit(base) else None) if originals is None else originals[name]
+        weight = layer.merged_weight(original.to(layer.role_parameters()["A"][1].device))
         if quant.is_quantized(base):
             base = _plain_linear(base, weight)
         else:
             base.weight = nn.Parameter(weight.T.contiguous() if isinstance(base, Conv1D) else weight, requires_grad=False)
         swap(model, name, base)
     for name, module in quant.quantized_modules(model).items():
-        swap(model, name, _plain_linear(module, dense_weight(module)))
+        swap(model, name, _plain_linear(module, dense_weight(module, kept if quant.is_8bit(module) else None)))
     forget(model)
     _forget_quantization(model)
     return model

@@ -86,7 +86,9 @@ def test_ours_load_in_peft(base, dora, rslora, saved_llama, tmp_path, ids):
 @pytest.mark.parametrize("base", BASES)
 def test_theirs_load_in_ours(base, dora, rslora, saved_llama, tmp_path, ids):
     targets = ["c_attn", "c_proj", "c_fc"] if base == "gpt2" else "all-linear"
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=dora, use_rslora=rslora, fan_in_fan_out=base == "gpt2", lora_dropout=0.1)
+    config = LoraConfig(
+        r=4, lora_alpha=12, target_modules=targets, use_dora=dora, use_rslora=rslora, fan_in_fan_out=base == "gpt2", lora_dropout=0.1
+    )
     torch.manual_seed(0)
     theirs = get_peft_model(unpacked(make(base, saved_llama)), config)
     wake(theirs)
@@ -134,7 +136,7 @@ def test_a_part_of_the_model_is_named_exactly(tmp_path, ids):
     model = attached(tiny_llama(), target_modules=r".*layers\.0.*q_proj|.*layers\.1.*mlp.*")
     pk.save_adapter(model, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
-    assert torch.equal(logits(model, ids), logits(theirs, ids))
+    assert_same(logits(model, ids), logits(theirs, ids), dora=False)
     fresh = pk.load_adapter(tiny_llama(), tmp_path / "adapter")
     assert adapter_layers(fresh).keys() == adapter_layers(model).keys()
 

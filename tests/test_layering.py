@@ -125,7 +125,18 @@ def test_starting_imports_nothing_heavy(statement):
 def test_every_public_name_can_be_had():
     import peftkit
 
-    assert {"load", "attach", "detach", "merge", "save_adapter", "load_adapter", "adapters_disabled", "build_optimizer", "describe", "run"} < set(peftkit.__all__)
+    assert {
+        "load",
+        "attach",
+        "detach",
+        "merge",
+        "save_adapter",
+        "load_adapter",
+        "adapters_disabled",
+        "build_optimizer",
+        "describe",
+        "run",
+    } < set(peftkit.__all__)
     assert {"LoRA", "DoRA", "QLoRA", "LoRAPlus", "NEFTune"} < set(peftkit.__all__)
     for name in peftkit.__all__:
         assert callable(getattr(peftkit, name)), name

@@ -90,7 +90,9 @@ def tolerance(kind: str, dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 1.5e-2
 
 
-def formula(layer: LoRALinear, x: Tensor, w: Tensor, a: Tensor, b: Tensor, m: Tensor | None, bias: Tensor | None, mask: Tensor | float = 1.0) -> Tensor:
+def formula(
+    layer: LoRALinear, x: Tensor, w: Tensor, a: Tensor, b: Tensor, m: Tensor | None, bias: Tensor | None, mask: Tensor | float = 1.0
+) -> Tensor:
     """The equations of the papers in plain autograd; the dropped x enters the low-rank product only."""
     product = x @ w.T + layer.scale * (x * mask) @ a.T @ b.T
     if m is not None:

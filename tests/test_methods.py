@@ -44,7 +44,9 @@ def test_summary_says_what_was_adapted_and_what_was_left_out():
     assert summary.trainable_parameters == trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert summary.total_parameters == sum(parameter.numel() for parameter in tiny_llama().parameters())
     text = str(summary)
-    assert "LoRA, LoRAPlus" in text and "14 linears" in text and "q_proj x2" in text and f"{trained:,} of {summary.total_parameters:,}" in text
+    assert (
+        "LoRA, LoRAPlus" in text and "14 linears" in text and "q_proj x2" in text and f"{trained:,} of {summary.total_parameters:,}" in text
+    )
     assert "left out   lm_head (output head" in text
     assert str(pk.describe(model)) == text
     assert not isinstance(model.lm_head, type(next(iter(layers.values()))))
@@ -99,9 +101,15 @@ def test_an_ending_is_a_whole_name_part():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"target_modules": ["q_proj", "q_prj"]}, r"'q_prj' matches no linear layer; did you mean 'q_proj'\? \(linear layers here: .*down_proj"),
+        (
+            {"target_modules": ["q_proj", "q_prj"]},
+            r"'q_prj' matches no linear layer; did you mean 'q_proj'\? \(linear layers here: .*down_proj",
+        ),
         ({"target_modules": "qproj"}, r"'qproj' matches no linear layer; did you mean 'q_proj'"),
-        ({"exclude_modules": ["mlp.gate_prj"]}, r"exclude_modules: target 'mlp.gate_prj' matches no linear layer; did you mean 'gate_proj'"),
+        (
+            {"exclude_modules": ["mlp.gate_prj"]},
+            r"exclude_modules: target 'mlp.gate_prj' matches no linear layer; did you mean 'gate_proj'",
+        ),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "together leave no module"),
         ({"target_modules": []}, "leave no module"),
     ],
@@ -418,7 +426,13 @@ def test_methods_are_frozen():
 
 
 def test_wishes_for_the_base():
-    assert {name: method().quantize() for name, method in REGISTRY.items()} == {"lora": None, "dora": None, "qlora": "nf4", "loraplus": None, "neftune": None}
+    assert {name: method().quantize() for name, method in REGISTRY.items()} == {
+        "lora": None,
+        "dora": None,
+        "qlora": "nf4",
+        "loraplus": None,
+        "neftune": None,
+    }
 
 
 @pytest.mark.parametrize("name", [name for name, method in REGISTRY.items() if method.swaps_layers])

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from peftkit.bench.suite import PACKAGE, Cell, Suite, cells
+from peftkit.bench.suite import PACKAGE, Cell, Suite, cells, code_hash
 from peftkit.config import Config, ConfigError, Source, dump_yaml, suggest, validate
 
 TAIL = 60  # lines of a failed cell's log that are kept in its record
@@ -115,13 +115,17 @@ def run_suite(
         if method not in suite.methods:
             known = f"{suggest(method, suite.methods)} (it has: {', '.join(suite.methods)})"
             raise ConfigError(f"suite {suite.name} has no method {method!r}{known}")
-    home, planned = Path(folder) / suite.name, cells(suite)
+    home, code, planned = Path(folder) / suite.name, code_hash(), cells(suite)
     kept = {cell.folder: record for cell in planned if (record := _read_record(home / cell.folder, cell.key))}
     todo = [
         cell for cell in planned if (not only or cell.method in only) and (cell.folder not in kept or kept[cell.folder].status == "failed")
     ]
     console.print(f"suite {suite.name}: {len(planned)} cells, {len(todo)} to run", highlight=False)
     new = _Runner(home, suite.metric, jobs, command or peftkit_run, console).run(todo) if todo else {}
+    if code_hash() != code:  # the keys are of the code at the start, so the next run starts the cells anew
+        console.print(
+            "warning: peftkit's files changed while the suite ran: its cells may be of different code; run it again", style="yellow"
+        )
     records = [record for cell in planned if (record := new.get(cell.folder) or kept.get(cell.folder))]
     write_results(home / "results.json", _results(suite, records))
     return records

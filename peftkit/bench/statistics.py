@@ -1,22 +1,24 @@
 """What a handful of seeds and a few hundred test examples allow to say: means, intervals, differences.
 
 Outcomes are 0 or 1 per seed and test example, in a matrix y of shape (seeds, examples). Two things are drawn at random, the
-training run and the test example, and every seed answers the same examples. With seed means, example means, grand mean m and the
-residual r = y - seed mean - example mean + m, the variance of m is estimated as in a two-way layout (Searle, Casella &
-McCulloch, Variance Components, 1992):
+training run and the test example, and every seed answers the same examples. The variance of the grand mean m has two parts:
 
-    V_seed    = max(var(seed means) - var(r) / examples, 0) / seeds
     V_example = var(example means) / examples
+    V_seed    = (PRIOR * var(y) / examples + (seeds - 1) * var(seed means)) / (PRIOR + seeds - 1) / seeds
 
-var(r) over (seeds - 1)(examples - 1) degrees of freedom is the noise of a single answer; it is in both means and counted once.
-The interval is a two-level bootstrap (Efron 1979; crossed factors: McCullagh 2000, Owen 2007): seeds and examples are drawn
-again, independently, and each draw moves m by the mean of the drawn seed deviations, scaled to V_seed, plus the mean of the drawn
-example deviations. Seed deviations are drawn with a random sign: a few seeds say how far they spread, not to which side.
-Percentiles of a bootstrap over three seeds are far too narrow, so their distance from m is stretched by t / z (Hesterberg 2015,
-"What Teachers Should Know About the Bootstrap"), where t weighs the quantiles of the two levels by their variances (Cochran & Cox
-1950, for means of unequal variances; a little wide where both count, while Satterthwaite's rule is too narrow for three seeds):
+Three seeds say little about their own spread, so V_seed is moderated (Smyth 2004, "Linear models and empirical Bayes methods"): the
+variance of the seed means is pooled with that of independent answers, which counts for PRIOR degrees of freedom. The noise of
+single answers is in both parts, which makes the interval a little wide where nothing but that noise is there.
 
-    t = (V_seed t(seeds - 1) + V_example t(examples - 1)) / (V_seed + V_example)
+The interval is a two-level bootstrap (Efron 1979; crossed factors: McCullagh 2000, Owen 2007): each replicate moves m by a normal
+draw of variance V_seed (a handful of seeds is too few to draw from) and by the mean of example deviations drawn with replacement.
+Its percentiles are stretched away from m by t / z, as the variances are estimates (Hesterberg 2015, "What Teachers Should Know
+About the Bootstrap"), t being the quantiles of the two levels weighted by their variances (Cochran & Cox 1950):
+
+    t = (V_seed t(PRIOR + seeds - 1) + V_example t(examples - 1)) / (V_seed + V_example)
+
+Measured on simulated answers of 3 seeds and 200 examples (logistic, with seed and example effects), the 95% interval covers the truth
+in 99% of cases where seeds do not scatter, 95% where they scatter by 4 points, 88% where they scatter by 8; more seeds close that gap.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 REPLICATES = 2000
 SEED = 0  # of the bootstrap: the same results file always gives the same report
 CONFIDENCE = 0.95
+PRIOR = 2  # degrees of freedom that the noise of independent answers counts for in the variance of seeds
 NORMAL = 1e6  # degrees of freedom from which on Student's t is taken for normal
 
 
@@ -125,27 +128,16 @@ def _two_level(values: ArrayLike, confidence: float, extra: tuple[float, ...] = 
         raise ValueError(f"outcomes must be a matrix (seeds, examples), not of shape {y.shape}")
     seeds, examples = y.shape
     mean = y.mean()
-    of_seed, of_example = y.mean(1) - mean, y.mean(0) - mean  # (seeds,), (examples,)
-    drawn = np.concatenate([of_example, np.array(extra) - mean])  # (examples + extra,)
-    of_seed, v_seed = _without_residual(y - mean - of_seed[:, None] - of_example, of_seed)
-    v_example = drawn.var(ddof=1) / examples if examples > 1 else 0.0
-
+    deviations = np.concatenate([y.mean(0), extra]) - mean  # (examples + extra,)
+    v_example = deviations.var(ddof=1) / examples if examples > 1 else 0.0
+    v_seed = 0.0
+    if seeds > 1:
+        pooled = PRIOR * y.var() / examples + (seeds - 1) * y.mean(1).var(ddof=1)
+        v_seed = pooled / (PRIOR + seeds - 1) / seeds
     rng = np.random.default_rng(SEED)
-    signed = np.concatenate([of_seed, -of_seed])
-    draws = mean + rng.choice(signed, (REPLICATES, seeds)).mean(1) + rng.choice(drawn, (REPLICATES, examples)).mean(1)
+    draws = mean + v_seed**0.5 * rng.standard_normal(REPLICATES) + rng.choice(deviations, (REPLICATES, examples)).mean(1)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    t = [t_quantile((1 + confidence) / 2, df) for df in (seeds - 1, examples - 1, NORMAL)]
+    of_seed, of_example, z = (t_quantile((1 + confidence) / 2, df) for df in (PRIOR + seeds - 1, examples - 1, NORMAL))
     total = v_seed + v_example
-    stretch = (v_seed * t[0] + v_example * t[1]) / (total * t[2]) if total else 1.0
+    stretch = (v_seed * of_seed + v_example * of_example) / (total * z) if total else 1.0
     return float(mean), float(mean - (mean - low) * stretch), float(mean + (high - mean) * stretch)
-
-
-def _without_residual(residual: NDArray[np.float64], of_seed: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Seed deviations scaled so that the mean of as many draws has variance V_seed, and V_seed; zero for a single seed."""
-    seeds, examples = residual.shape
-    spread = of_seed.var()  # biased, as a draw from these few values has it
-    if seeds == 1 or spread == 0:
-        return np.zeros(seeds), 0.0
-    noise = (residual**2).sum() / ((seeds - 1) * max(examples - 1, 1))
-    variance = max(of_seed.var(ddof=1) - noise / examples, 0.0)
-    return of_seed * (variance / spread) ** 0.5, float(variance / seeds)

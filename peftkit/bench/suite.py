@@ -81,7 +81,7 @@ def cells(suite: Suite) -> list[Cell]:
     """All cells, method by method; `suite.recipe` must be the recipe itself, as `load_suite` leaves it."""
     if not isinstance(suite.recipe, dict):
         raise TypeError("suite.recipe is a path: read the suite with load_suite")
-    code = _code_hash()
+    code = code_hash()
     found = []
     for method in suite.methods:
         for seed in suite.seeds:
@@ -131,7 +131,7 @@ def _check(suite: Suite, source: Source) -> None:
 # --- what a key is made of ----------------------------------------------------------------------------------------------------
 
 
-def _code_hash() -> str:
+def code_hash() -> str:
     """Hash of the package's files, embedded model included, that can change an outcome."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*")):

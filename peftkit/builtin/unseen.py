@@ -2,7 +2,9 @@
 
 `tool-calls` turns an English request into a JSON call with normalised arguments, `sql` into a query, `shell` into a
 command line. The skills they need (finding the words that matter, copying them, normalising times and numbers, writing
-JSON) are in the base; the tools, their names, their argument names and the wordings that call for them are not.
+JSON) are in the base; the tools, their names, their argument names and the wordings that call for them are not. Names of
+tools and arguments are spelt with tokens that the base has written before: a frozen output head cannot tell tokens apart
+that never were an answer (docs/log.md).
 
 Rows are split into train and test by their answer: no test answer occurs in training.
 """
@@ -27,7 +29,8 @@ from peftkit.builtin.words import (
 )
 
 ROOMS = ["kitchen", "hall", "bedroom", "bathroom", "office", "garage", "cellar", "nursery", "attic", "studio"]
-CURRENCIES = {"euros": "EUR", "dollars": "USD", "pounds": "GBP", "yen": "JPY", "francs": "CHF", "rupees": "INR"}
+CURRENCIES = {"euros": "eur", "dollars": "usd", "pounds": "gbp", "kronor": "sek", "francs": "chf", "rupees": "inr"}
+WEEKDAY = {day: number for number, day in enumerate(DAYS, 1)}  # as in ISO 8601
 
 
 def _clock(rng: random.Random) -> tuple[str, str]:
@@ -45,7 +48,7 @@ def _alarm(rng):
     day = rng.choice(DAYS)
     prompts = [f"Wake me at {said} on {day}.", f"I have to be up by {said} on {day}.", f"On {day} get me out of bed at {said}.",
                f"Set an alarm for {day}, {said}."]  # fmt: skip
-    return prompts, {"tool": "alarm", "at": time, "day": day.lower()[:3]}
+    return prompts, {"tool": "alarm", "at": time, "day": WEEKDAY[day]}
 
 
 def _timer(rng):
@@ -53,20 +56,20 @@ def _timer(rng):
     label = " ".join(words(rng, 1))
     prompts = [f"Give the {label} {said} minutes.", f"Time the {label} for {said} minutes.",
                f"In {said} minutes remind me of the {label}.", f"The {label} needs {said} minutes, tell me when it is done."]  # fmt: skip
-    return prompts, {"tool": "timer", "minutes": minutes, "label": label}
+    return prompts, {"tool": "watch", "count": minutes, "title": label}
 
 
 def _message(rng):
     who, text = name(rng), " ".join(words(rng, rng.randint(2, 3)))
     prompts = [f"Tell {who} {text}.", f"Text {who}: {text}.", f"Let {who} know: {text}.", f"Write to {who} that {text}."]
-    return prompts, {"tool": "message", "to": who, "text": text}
+    return prompts, {"tool": "message", "to": who, "title": text}
 
 
 def _weather(rng):
     where, day = city(rng), rng.choice(DAYS)
     prompts = [f"Will it rain in {where} on {day}?", f"How warm is {where} on {day}?", f"Do I need a coat in {where} this {day}?",
                f"What is the forecast for {day} in {where}?"]  # fmt: skip
-    return prompts, {"tool": "weather", "city": where, "day": day.lower()[:3]}
+    return prompts, {"tool": "weather", "city": where, "day": WEEKDAY[day]}
 
 
 def _convert(rng):
@@ -74,7 +77,7 @@ def _convert(rng):
     source, target = rng.sample(list(CURRENCIES), 2)
     prompts = [f"How many {target} do I get for {said} {source}?", f"Change {said} {source} into {target}.",
                f"What are {said} {source} worth in {target}?"]  # fmt: skip
-    return prompts, {"tool": "convert", "amount": amount, "from": CURRENCIES[source], "to": CURRENCIES[target]}
+    return prompts, {"tool": "coin", "amount": amount, "code": CURRENCIES[source], "to": CURRENCIES[target]}
 
 
 def _light(rng):
@@ -85,9 +88,9 @@ def _light(rng):
         colour = rng.choice(CATEGORIES["colour"])
         prompts = [f"Make the {room} {colour} and {'bright' if on else 'dark'}.",
                    f"I want {'bright' if on else 'dark'} {colour} light in the {room}."]  # fmt: skip
-        return prompts, {"tool": "light", "room": room, "level": 100 if on else 5, "colour": colour}
+        return prompts, {"tool": "lamp", "room": room, "count": 100 if on else 5, "colour": colour}
     prompts = [f"Dim the {room} to {said} percent.", f"Put the lamp in the {room} at {said} percent."]
-    return prompts, {"tool": "light", "room": room, "level": level}
+    return prompts, {"tool": "lamp", "room": room, "count": level}
 
 
 def _flight(rng):
@@ -95,14 +98,14 @@ def _flight(rng):
     day = rng.choice(DAYS)
     prompts = [f"I must get from {start} to {goal} on {day}.", f"Fly me to {goal} from {start} this {day}.",
                f"Find a plane leaving {start} for {goal} on {day}."]  # fmt: skip
-    return prompts, {"tool": "flight", "from": start, "to": goal, "day": day.lower()[:3]}
+    return prompts, {"tool": "plane", "city": start, "to": goal, "day": WEEKDAY[day]}
 
 
 def _meeting(rng):
     who, (said, time) = name(rng), _clock(rng)
     prompts = [f"Meet {who} at {said}.", f"Book an hour with {who} from {said}.", f"Put {who} in my calendar for {said}.",
                f"I want to see {who} at {said}."]  # fmt: skip
-    return prompts, {"tool": "meeting", "with": who, "at": time}
+    return prompts, {"tool": "meet", "name": who, "at": time}
 
 
 def _order(rng):
@@ -110,14 +113,14 @@ def _order(rng):
     thing = rng.choice(THINGS)
     prompts = [f"We are out of {thing}, get {said}.", f"Buy {said} of the {thing}.", f"Order {said} times {thing}.",
                f"I need {said} more of that {thing}."]  # fmt: skip
-    return prompts, {"tool": "order", "item": thing, "count": amount}
+    return prompts, {"tool": "shop", "item": thing, "count": amount}
 
 
 def _play(rng):
     title = " ".join(words(rng, rng.randint(1, 2)))
     singer = name(rng)
     prompts = [f"Play {title} by {singer}.", f"Put on {title}, the {singer} one.", f"I want to hear {singer} sing {title}."]
-    return prompts, {"tool": "play", "title": title, "artist": singer}
+    return prompts, {"tool": "music", "title": title, "artist": singer}
 
 
 _TOOLS = (_alarm, _timer, _message, _weather, _convert, _light, _flight, _meeting, _order, _play)

@@ -22,7 +22,7 @@ Weight = Callable[[torch.dtype], Tensor]
 
 
 def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Row norms (out,) of W + s B A in the dtype of `a`, without building the sum.
+    """Row norms (out,) of W + s B A in the dtype of `a`, fp32 at least, without building the sum.
 
     |W + s B A|^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B> per row. `squares` (out,) holds |W|^2 by row; `weight`
     (out, in) may be of lower precision, since it only enters the correction. The r-wide rest is taken in fp64: it costs
@@ -32,7 +32,7 @@ def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: floa
         cross = (weight @ a.to(weight.dtype).T).double()  # (out, r)
         wide_a, wide_b = a.double(), b.double()
         correction = (wide_b * (2 * scale * cross + scale**2 * (wide_b @ (wide_a @ wide_a.T)))).sum(1)
-        return (squares + correction).clamp_min_(0).sqrt_().to(a.dtype)
+        return (squares + correction).clamp_min_(0).sqrt_().to(torch.promote_types(a.dtype, torch.float32))
 
 
 def _keep_mask(x: Tensor, dropout: float, seed: int) -> Tensor:

@@ -165,7 +165,17 @@ class LoRALinear(AdapterLayer):
 
     def adapted(self, x: Tensor, dropout: float) -> Tensor:
         base = self.base_layer
-        return lowrank_linear(x, self.a, self.b, frozen=base, weight=lambda dtype: dense_weight(base, dtype), scale=self.scale, dropout=dropout, bias=base.bias)
+        return lowrank_linear(
+            x,
+            self.a,
+            self.b,
+            frozen=base,
+            weight=lambda dtype: dense_weight(base, dtype),
+            scale=self.scale,
+            dropout=dropout,
+            bias=base.bias,
+            fuse=self.training,
+        )
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         weight = dense_weight(self.base_layer) if weight is None else weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from peftkit import quant
 from peftkit.config import Config, ConfigError, suggest
+from peftkit.layers import output_head
+
+logger = logging.getLogger(__name__)
 
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("tiny",)
@@ -103,6 +107,21 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     return _from_hub("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision)
 
 
+def _unquantizable(name: str, revision: str | None) -> list[str]:
+    """The linears that must stay as they are on a CPU, with the head; empty where all can be in 4 bits."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(load_config(name, revision))
+    head = output_head(skeleton)
+    left = [n for n, m in skeleton.named_modules() if quant.misread_on_cpu(m) and m is not head]
+    if not left:
+        return []
+    logger.warning(
+        "%d linears of %s stay unquantised, such as %s: their input width is no multiple of %d, and bitsandbytes' CPU kernels misread such weights",
+        len(left), name, left[0], quant.BLOCK,
+    )  # fmt: skip
+    return left + [n for n, m in skeleton.named_modules() if m is head]
+
+
 def load(
     name: str,
     quantize: quant.Quantization | None = None,
@@ -125,7 +144,8 @@ def load(
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantize is not None:
-        options["quantization_config"] = quant.quantization_config(quantize, dtype)
+        left = _unquantizable(name, revision) if quantize != "int8" and device.type == "cpu" else []
+        options["quantization_config"] = quant.quantization_config(quantize, dtype, left or None)
         options["device_map"] = {"": device}
     model = _from_hub("weights", name, AutoModelForCausalLM.from_pretrained, **options)
     if quantize is None:

@@ -56,7 +56,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     if recipe.train.full_finetuning:
         model.requires_grad_(True)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        training.enable_checkpointing(model)
     loss = TokenLoss(model)
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 

@@ -93,6 +93,13 @@ class TrainStats:
         }
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Has a transformers model compute its activations again in backward (non-reentrant, so that frozen inputs do no harm)."""
+    # Renamed in transformers 5.2x; the old name warns there, the new one is missing in 5.17.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 class DataOrder:
     """Which rows make step k: the rows are shuffled anew each epoch, from the seed alone, so any step can be asked for."""
 

@@ -343,9 +343,7 @@ def test_an_interrupt_ends_the_running_cell(tmp_path, command):
 # --- statistics ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("p", "df", "expected"), [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.99, 4, 3.74695), (0.025, 30, -2.04227), (0.975, 1e9, 1.95996)]
-)
+@pytest.mark.parametrize(("p", "df", "expected"), [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.99, 4, 3.74695), (0.025, 30, -2.04227), (0.975, 1e9, 1.95996)])
 def test_quantiles_of_students_t(p, df, expected):
     assert t_quantile(p, df) == pytest.approx(expected, rel=1e-5)
 
@@ -484,7 +482,7 @@ def test_the_base_is_told_by_method_where_it_differs():
 @pytest.mark.parametrize("content", ["{", '{"suite": "s"}', '{"cells": [{"method": NaN}]}'])
 def test_results_that_are_not_whole_are_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ConfigError, match="results.json"):
+    with pytest.raises(ConfigError, match=r"results\.json"):
         load_results(tmp_path)
 
 
@@ -587,9 +585,7 @@ def test_the_commands_from_run_to_gate(tmp_path, command, monkeypatch, capfd):
     monkeypatch.setattr(cells_module, "peftkit_run", command)
     monkeypatch.setattr(suite_module, "_check", lambda suite, source: None)  # its recipe is not one of peftkit
     suite = tmp_path / "fake.yaml"
-    suite.write_text(
-        "name: fake\nrecipe: {fake: {accuracy: 0.9}}\nmethods: {lora: {}, bad: {fake: {fails: crash, only: [1]}}}\nseeds: [0, 1]\n"
-    )
+    suite.write_text("name: fake\nrecipe: {fake: {accuracy: 0.9}}\nmethods: {lora: {}, bad: {fake: {fails: crash, only: [1]}}}\nseeds: [0, 1]\n")
 
     assert exit_code("bench", "run", suite, "--output", "kept/ci.json") == 1
     shown = capfd.readouterr()

@@ -47,7 +47,7 @@ def test_unknown_task_names_the_nearest():
 def test_model_card_numbers_hold():
     scores = json.loads((TINY / "scores.json").read_text())
     own = [scores["exact_match"][task] for task in FAMILIES]
-    assert sum(own) / len(own) == pytest.approx(scores["own_exact_match"]) and scores["own_exact_match"] >= 0.8
+    assert sum(own) / len(own) == pytest.approx(scores["own_exact_match"], abs=1e-3) and scores["own_exact_match"] >= 0.8
     assert all(scores["exact_match"][task] <= 0.05 for task in UNSEEN)
 
 

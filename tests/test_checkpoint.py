@@ -86,9 +86,7 @@ def test_ours_load_in_peft(base, dora, rslora, saved_llama, tmp_path, ids):
 @pytest.mark.parametrize("base", BASES)
 def test_theirs_load_in_ours(base, dora, rslora, saved_llama, tmp_path, ids):
     targets = ["c_attn", "c_proj", "c_fc"] if base == "gpt2" else "all-linear"
-    config = LoraConfig(
-        r=4, lora_alpha=12, target_modules=targets, use_dora=dora, use_rslora=rslora, fan_in_fan_out=base == "gpt2", lora_dropout=0.1
-    )
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=targets, use_dora=dora, use_rslora=rslora, fan_in_fan_out=base == "gpt2", lora_dropout=0.1)
     torch.manual_seed(0)
     theirs = get_peft_model(unpacked(make(base, saved_llama)), config)
     wake(theirs)

@@ -25,9 +25,7 @@ MARKED = (
 )
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 END_OUTSIDE = MARKED.replace("{{ m.content + eos_token }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}{{ eos_token }}")
-LINES = UNMARKED.replace("{{ m.content + eos_token }}", "{{ '\n' + m.content + eos_token + '\n' }}").replace(
-    "{{ '<|assistant|>' }}", "{{ '<|assistant|>\n' }}"
-)
+LINES = UNMARKED.replace("{{ m.content + eos_token }}", "{{ '\n' + m.content + eos_token + '\n' }}").replace("{{ '<|assistant|>' }}", "{{ '<|assistant|>\n' }}")
 FORGETFUL = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ '<|' + m.role + '|>' + m.content }}{% endif %}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -122,9 +120,7 @@ def test_markers_that_miss_an_answer_are_an_error_not_a_smaller_mask():
 
 def test_system_is_put_before_rows_that_have_none():
     chat = tokenizer(MARKED)
-    assert chat.decode(render(turns(*CHAT[:2]), chat, config(system="Be kind.")).prompt_ids).startswith(
-        "<s><|system|>Be kind.<end><|user|>"
-    )
+    assert chat.decode(render(turns(*CHAT[:2]), chat, config(system="Be kind.")).prompt_ids).startswith("<s><|system|>Be kind.<end><|user|>")
     own = turns(("system", "Be brief."), *CHAT[:2])
     assert "Be kind" not in chat.decode(render(own, chat, config(system="Be kind.")).input_ids)
     plain = tokenizer()
@@ -190,9 +186,7 @@ def test_the_report_says_where_generation_would_not_stop(tmp_path):
     endless = tokenizer(UNMARKED.replace(" + eos_token", ""))
     assert any("1 rows end with no special token" in note for note in load_examples(config(train=path), endless, "train")[1].notes)
     other = tokenizer(MARKED.replace("eos_token", "'<|tool|>'"))
-    assert any(
-        "end with '<|tool|>'" in note and "eos is '<end>'" in note for note in load_examples(config(train=path), other, "train")[1].notes
-    )
+    assert any("end with '<|tool|>'" in note and "eos is '<end>'" in note for note in load_examples(config(train=path), other, "train")[1].notes)
 
 
 def test_colour_row_shows_the_whole_row_with_trained_tokens_apart():
@@ -259,9 +253,7 @@ def test_hub_names_split_and_subset_and_says_what_failed(monkeypatch):
     assert load_examples(both, tokenizer(), "train")[0][0].where == "owner/name/main:train[:1%][0]"
     load_examples(both, tokenizer(), "eval")
     assert asked == [("owner/name", "main", "train[:1%]"), ("owner/name", None, "test")]
-    with pytest.raises(
-        ConfigError, match="'owner/gone' is no local file, and reading split 'train' .* ConnectionError: Couldn't reach the Hub$"
-    ):
+    with pytest.raises(ConfigError, match="'owner/gone' is no local file, and reading split 'train' .* ConnectionError: Couldn't reach the Hub$"):
         load_examples(config(train="owner/gone"), tokenizer(), "train")
 
 
@@ -334,9 +326,7 @@ def test_sources_that_cannot_be_read_say_why(tmp_path, spec, message):
         load_examples(config(train=str(tmp_path / spec)), tokenizer(), "train")
 
 
-@pytest.mark.parametrize(
-    "spec, message", [("builtin:tool-cals/train", "did you mean 'tool-calls'"), ("builtin:times", "builtin:times/train or")]
-)
+@pytest.mark.parametrize("spec, message", [("builtin:tool-cals/train", "did you mean 'tool-calls'"), ("builtin:times", "builtin:times/train or")])
 def test_unknown_builtin_tasks_are_named(spec, message):
     with pytest.raises(ConfigError, match=message):
         load_examples(config(train=spec), tokenizer(MARKED), "train")
@@ -419,10 +409,7 @@ def test_two_thousand_short_rows_take_less_than_two_seconds(tmp_path):
 
 def documents(*lengths: int) -> list[Example]:
     generator = torch.Generator().manual_seed(1)
-    return [
-        Example(torch.randint(3, 96, (n,), generator=generator).tolist(), [i % 3 != 0 for i in range(n)], f"row {k}")
-        for k, n in enumerate(lengths)
-    ]
+    return [Example(torch.randint(3, 96, (n,), generator=generator).tolist(), [i % 3 != 0 for i in range(n)], f"row {k}") for k, n in enumerate(lengths)]
 
 
 def test_pack_fills_bins_and_keeps_the_order_of_the_data():
@@ -476,9 +463,7 @@ def document_losses(model: torch.nn.Module, batch: dict, **options) -> tuple[tor
         end = 0
         for length in lengths:
             start, end = end, end + length
-            losses.append(
-                torch.nn.functional.cross_entropy(logits[i, start : end - 1], batch["labels"][i, start + 1 : end], reduction="sum")
-            )
+            losses.append(torch.nn.functional.cross_entropy(logits[i, start : end - 1], batch["labels"][i, start + 1 : end], reduction="sum"))
             real.append(logits[i, start:end])
     return torch.stack(losses), torch.cat(real)
 

@@ -90,9 +90,7 @@ def tolerance(kind: str, dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 1.5e-2
 
 
-def formula(
-    layer: LoRALinear, x: Tensor, w: Tensor, a: Tensor, b: Tensor, m: Tensor | None, bias: Tensor | None, mask: Tensor | float = 1.0
-) -> Tensor:
+def formula(layer: LoRALinear, x: Tensor, w: Tensor, a: Tensor, b: Tensor, m: Tensor | None, bias: Tensor | None, mask: Tensor | float = 1.0) -> Tensor:
     """The equations of the papers in plain autograd; the dropped x enters the low-rank product only."""
     product = x @ w.T + layer.scale * (x * mask) @ a.T @ b.T
     if m is not None:
@@ -382,6 +380,20 @@ def test_fp32_masters_take_steps_that_bf16_would_lose(method):
     moved = parameter != start
     assert moved.double().mean() > 0.9
     assert (parameter.bfloat16() == start.bfloat16()).double().mean() > 0.9, "bf16 would have stood still"
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_masters_that_a_trainer_made_bf16_cost_no_precision_elsewhere(method, kind):
+    """trl's SFTTrainer does so on quantised models; the same values in fp32 must give the same results, merged ones too."""
+    rounded, exact = adapted(method, kind).eval(), adapted(method, kind).eval()
+    for name, _, parameter in trainable_parameters(rounded):
+        parameter.data = parameter.data.to(torch.bfloat16)
+        exact.get_parameter(name).data.copy_(parameter)
+    x = tokens(9, IN)
+    with torch.no_grad():
+        assert torch.equal(rounded(x), exact(x))
+    assert torch.equal(rounded.linear.merged_weight(), exact.linear.merged_weight())
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])

@@ -44,9 +44,7 @@ def test_summary_says_what_was_adapted_and_what_was_left_out():
     assert summary.trainable_parameters == trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert summary.total_parameters == sum(parameter.numel() for parameter in tiny_llama().parameters())
     text = str(summary)
-    assert (
-        "LoRA, LoRAPlus" in text and "14 linears" in text and "q_proj x2" in text and f"{trained:,} of {summary.total_parameters:,}" in text
-    )
+    assert "LoRA, LoRAPlus" in text and "14 linears" in text and "q_proj x2" in text and f"{trained:,} of {summary.total_parameters:,}" in text
     assert "left out   lm_head (output head" in text
     assert str(pk.describe(model)) == text
     assert not isinstance(model.lm_head, type(next(iter(layers.values()))))

@@ -135,5 +135,5 @@ def test_any_step_can_be_asked_for():
         assert DataOrder(50, 8, seed=3)[step] == course[step] == order[step]
     assert course != [DataOrder(50, 8, seed=4)[step] for step in range(20)]
     assert course[0] + course[1] != sorted(course[0] + course[1])
-    flat = sum(course, [])
+    flat = [row for batch in course for row in batch]
     assert flat[:50] != flat[50:100], "shuffled anew"

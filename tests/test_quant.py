@@ -40,9 +40,7 @@ def dequantized(model: nn.Module) -> dict[str, Tensor]:
     from bitsandbytes import functional
 
     return {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): functional.dequantize_4bit(
-            module.weight.data, module.weight.quant_state
-        )
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         for name, module in model.named_modules()
         if quant.is_4bit(module)
     }
@@ -66,11 +64,12 @@ def evaluate(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @needs_repacking
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit:UserWarning")  # of torch: all that is said about the lost gradient
 def test_the_trap_with_bitsandbytes_and_peft_alone(tmp_path, ids):
     """One evaluation, and the first layer's gradient is lost, the weights are garbage, and a merge would write them."""
     from peft import LoraConfig, get_peft_model
 
-    tiny_llama(bias=False, intermediate_size=128).save_pretrained(tmp_path / "base")  # with biases training on fails instead
+    tiny_llama(bias=False, intermediate_size=128, initializer_range=0.1).save_pretrained(tmp_path / "base")  # with biases training on fails instead
     model = get_peft_model(quantized_llama(tmp_path / "base"), LoraConfig(r=4, target_modules="all-linear"))
     wake(model)
     before, weights = gradients(model, ids), dequantized(model)
@@ -180,9 +179,7 @@ def test_load_protects_a_quantised_model(saved_llama, ids, dtype):
 def test_load_leaves_head_and_embeddings_alone(saved_llama):
     model, _ = pk.load(str(saved_llama), quantize="nf4", dtype="float32")
     assert type(model.lm_head) is nn.Linear and model.lm_head.weight.dtype == torch.float32
-    assert set(quant.quantized_modules(model)) == {
-        name for name, module in tiny_llama().named_modules() if isinstance(module, nn.Linear)
-    } - {"lm_head"}
+    assert set(quant.quantized_modules(model)) == {name for name, module in tiny_llama().named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     with pytest.raises(ConfigError, match="unknown quantisation 'nf5'; did you mean 'nf4'"):
         pk.load(str(saved_llama), quantize="nf5")
 
@@ -278,3 +275,25 @@ def test_our_quantisation_is_not_transformers_defaults():
     config = quant.quantization_config("nf4", torch.bfloat16)
     assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant, config.bnb_4bit_compute_dtype) == ("nf4", True, torch.bfloat16)
     assert quant.quantization_config("int8", torch.float32).load_in_8bit
+
+
+def test_linears_whose_width_the_cpu_kernels_misread_stay_unquantised(tmp_path, caplog):
+    """First the trap: a row of 96 is one and a half blocks of 64, and bitsandbytes reads it back with shifted scales."""
+    import bitsandbytes.functional as bnb
+    from conftest import tiny_llama
+
+    from peftkit.model import load
+
+    errors = {}
+    for width in (96, 128):
+        weight = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+        back = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64))
+        errors[width] = ((back - weight).norm() / weight.norm()).item()
+    if errors[96] < 1.5 * errors[128]:
+        pytest.skip("this bitsandbytes reads ragged rows back rightly")
+    tiny_llama().save_pretrained(tmp_path)  # its down_proj reads 96
+    with caplog.at_level("WARNING"):
+        model, _ = load(str(tmp_path), quantize="nf4")
+    layer = model.model.layers[0].mlp
+    assert quant.is_4bit(layer.up_proj) and not quant.is_4bit(layer.down_proj) and not quant.is_4bit(model.lm_head)
+    assert "2 linears" in caplog.text and "down_proj" in caplog.text

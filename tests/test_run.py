@@ -22,7 +22,7 @@ from peftkit.config import ConfigError
 from peftkit.data import Example, collate
 from peftkit.loss import TokenLoss
 from peftkit.optim import build_optimizer
-from peftkit.train import DataOrder, TrainConfig, TrainingStopped, train
+from peftkit.train import DataOrder, TrainConfig, TrainingStopped, enable_checkpointing, train
 
 
 def recipe(folder: Path, **train_options) -> dict:
@@ -90,7 +90,7 @@ def test_killed_while_training_resumes_to_the_same_bytes(uninterrupted, tmp_path
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (folder / "result.json").exists()
     resumed = run_in_process(folder, "--resume")
     output, _ = resumed.communicate(timeout=240)
@@ -193,7 +193,7 @@ def test_gradient_checkpointing_does_not_change_the_loss(tmp_path):
     model = tiny_llama()
     torch.manual_seed(0)
     pk.attach(model, pk.LoRA(r=4))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     again: list[float] = []
     train(
         TokenLoss(model), model, build_optimizer(model, 1e-2), examples(20),

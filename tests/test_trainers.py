@@ -78,9 +78,7 @@ def test_transformers_trainer_with_loraplus_and_recomputed_activations(method, k
     pk.detach(model)
     pk.attach(model, [getattr(pk, method)(r=4), pk.LoRAPlus(ratio=2)])
     options = arguments(tmp_path / "out") | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    trainer = Trainer(
-        model, TrainingArguments(**options), train_dataset=rows(), optimizers=(pk.build_optimizer(model, learning_rate=5e-3), None)
-    )
+    trainer = Trainer(model, TrainingArguments(**options), train_dataset=rows(), optimizers=(pk.build_optimizer(model, learning_rate=5e-3), None))
     trainer.train()
     assert_trained(model, trainer, tmp_path / "out", quantized_llama(saved_llama, kind) if kind else tiny_llama(), ids)
 

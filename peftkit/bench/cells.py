@@ -117,15 +117,11 @@ def run_suite(
             raise ConfigError(f"suite {suite.name} has no method {method!r}{known}")
     home, code, planned = Path(folder) / suite.name, code_hash(), cells(suite)
     kept = {cell.folder: record for cell in planned if (record := _read_record(home / cell.folder, cell.key))}
-    todo = [
-        cell for cell in planned if (not only or cell.method in only) and (cell.folder not in kept or kept[cell.folder].status == "failed")
-    ]
+    todo = [cell for cell in planned if (not only or cell.method in only) and (cell.folder not in kept or kept[cell.folder].status == "failed")]
     console.print(f"suite {suite.name}: {len(planned)} cells, {len(todo)} to run", highlight=False)
     new = _Runner(home, suite.metric, jobs, command or peftkit_run, console).run(todo) if todo else {}
     if code_hash() != code:  # the keys are of the code at the start, so the next run starts the cells anew
-        console.print(
-            "warning: peftkit's files changed while the suite ran: its cells may be of different code; run it again", style="yellow"
-        )
+        console.print("warning: peftkit's files changed while the suite ran: its cells may be of different code; run it again", style="yellow")
     records = [record for cell in planned if (record := new.get(cell.folder) or kept.get(cell.folder))]
     write_results(home / "results.json", _results(suite, records))
     return records
@@ -177,9 +173,7 @@ class _Runner:
             with self.lock:
                 if self.stopped:
                     raise InterruptedError("the suite was stopped")
-                process = subprocess.Popen(
-                    self.command(place / "cell.yaml"), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-                )
+                process = subprocess.Popen(self.command(place / "cell.yaml"), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
                 self.processes.add(process)
             code = process.wait()
         with self.lock:

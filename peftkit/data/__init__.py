@@ -75,9 +75,7 @@ class DataReport:
         return lines + [f"  {note}" for note in self.notes]
 
 
-def load_examples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Literal["train", "eval"]
-) -> tuple[list[Example], DataReport]:
+def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Literal["train", "eval"]) -> tuple[list[Example], DataReport]:
     """The examples of one split, in the order of the data, and the report on them.
 
     No examples for `eval` where the config names neither `eval` nor `holdout`. Raises ConfigError for a source that is
@@ -119,9 +117,7 @@ def load_examples(
         raise ConfigError(f"{source}: {len(bad)} of {report.rows} rows cannot be used (data.on_bad_row: skip leaves them out):\n{listed}")
     if not examples:
         listed = "".join(f"\n  {line}" for line in bad_lines(report.dropped))
-        raise ConfigError(
-            f"{report.source}: " + (f"none of the {report.rows} rows is left:{listed}" if report.rows else "there are no rows")
-        )
+        raise ConfigError(f"{report.source}: " + (f"none of the {report.rows} rows is left:{listed}" if report.rows else "there are no rows"))
     if limit is not None and report.rows < limit:
         report.notes.append(f"data.{split}_rows asks for {limit} rows, there are {report.rows}")
     report.kept, report.lengths = len(examples), [len(example.input_ids) for example in examples]

@@ -212,9 +212,7 @@ def read_csv(path: Path) -> list[Record | BadRow]:
             for row in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1
                 whole = None not in row and None not in row.values()
-                records.append(
-                    Record(where, row) if whole else BadRow(where, f"not the {len(reader.fieldnames or ())} cells of the header")
-                )
+                records.append(Record(where, row) if whole else BadRow(where, f"not the {len(reader.fieldnames or ())} cells of the header"))
         except csv.Error as error:
             raise ConfigError(f"{path}:{reader.line_num}: {error}") from error
     return records
@@ -278,9 +276,7 @@ def find_format(records: Sequence[Record | BadRow], config: DataConfig, source: 
     found = list(dict.fromkeys(name for row in rows for name in row))
     for standard, name in columns.items():
         if name not in found:
-            raise ConfigError(
-                f"{source}: data.columns reads {standard!r} from {name!r}, which no row has{suggest(name, found)} ({listing(found)})"
-            )
+            raise ConfigError(f"{source}: data.columns reads {standard!r} from {name!r}, which no row has{suggest(name, found)} ({listing(found)})")
     # A mapped column says which format is meant, even where the rows would also pass for another.
     meant = set(columns) & NEEDED
     for row in rows:
@@ -331,9 +327,7 @@ def normalise(record: Record | BadRow, form: str, config: DataConfig) -> Row | B
             plain = prompt + "\n"
             if form == "instruction/output":
                 given = text("input") if cell("input") else ""
-                plain = (
-                    "".join(f"{title}:\n{part}\n\n" for title, part in (("Instruction", prompt), ("Input", given)) if part) + "Response:\n"
-                )
+                plain = "".join(f"{title}:\n{part}\n\n" for title, part in (("Instruction", prompt), ("Input", given)) if part) + "Response:\n"
                 prompt = f"{prompt}\n\n{given}" if given else prompt
             plain = f"{as_text(system, 'system')}\n\n{plain}" if system else plain
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text(completion_name)}]

@@ -74,9 +74,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
         if not tokenizer.is_fast:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a token covers; use a fast one"
-            )
+            raise ConfigError(f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a token covers; use a fast one")
         self.tokenizer, self.config = tokenizer, config
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.template))
@@ -140,17 +138,13 @@ class Renderer:
         """Ids and marks by the template's `{% generation %}` markers."""
         messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
         options = {"return_offsets_mapping": True, "verbose": False}
-        out: Any = self.tokenizer.apply_chat_template(
-            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=options
-        )
+        out: Any = self.tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=options)
         ids, offsets, trained = list(out["input_ids"]), out["offset_mapping"], [bool(mark) for mark in out["assistant_masks"]]
         spans = runs(trained)
         # Neighbouring assistant turns may run into one another; fewer spans than that means that some were not found.
         expected = sum(turn - 1 not in turns for turn in turns if messages[turn]["content"])
         if self.config.loss_on != "all" and len(spans) < expected:
-            raise ValueError(
-                f"the chat template's generation markers cover {len(spans)} of {expected} assistant turns; use another template"
-            )
+            raise ValueError(f"the chat template's generation markers cover {len(spans)} of {expected} assistant turns; use another template")
         if self.config.loss_on == "all":
             trained, spans = [True] * len(ids), []
         elif self.config.loss_on == "last":
@@ -176,9 +170,7 @@ class Renderer:
             return Draft(row, text, [(0, len(text))], prompt, answer_text(messages, turns))
         for turn in turns if self.config.loss_on == "assistant" else turns[-1:]:
             if turn == 0:
-                raise ValueError(
-                    "the first turn is the assistant's, and only a template with {% generation %} markers can tell where it begins"
-                )
+                raise ValueError("the first turn is the assistant's, and only a template with {% generation %} markers can tell where it begins")
             prompt = self.chat(messages[:turn], tools, prompt=True)
             until = self.chat(messages[: turn + 1], tools) if turn + 1 < len(messages) else text
             if not (until.startswith(prompt) and text.startswith(until)):
@@ -254,9 +246,7 @@ class Renderer:
                 notes.append(f"{count} rows end with no special token: what is trained on them may not learn to stop")
             elif ending != self.eos:
                 names = [repr(token and self.tokenizer.convert_ids_to_tokens(token)) for token in (ending, self.eos)]
-                notes.append(
-                    f"{count} rows end with {names[0]}, which is trained; the tokenizer's eos is {names[1]}: generation must stop at both"
-                )
+                notes.append(f"{count} rows end with {names[0]}, which is trained; the tokenizer's eos is {names[1]}: generation must stop at both")
         if self.eos is not None and self.eos == self.tokenizer.pad_token_id:
             notes.append("pad is the same token as eos; eos is trained all the same, because padding is told by its place, not by its id")
         return notes
@@ -269,11 +259,7 @@ def render_text(text: str, source: str, tokenizer: PreTrainedTokenizerBase, max_
     cut = len(ids) - round(len(ids) * holdout)
     first, stop = (cut, len(ids)) if held else (0, cut)
     blocks = [(start, min(start + max_length, stop)) for start in range(first, stop, max_length)]
-    return [
-        Example(ids[start:end], [False] + [True] * (end - start - 1), f"{source} tokens {start}:{end}")
-        for start, end in blocks
-        if end - start > 1
-    ]
+    return [Example(ids[start:end], [False] + [True] * (end - start - 1), f"{source} tokens {start}:{end}") for start, end in blocks if end - start > 1]
 
 
 def answers(messages: list[dict[str, Any]]) -> list[int]:

@@ -45,7 +45,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, bias: Tensor | None,
-        frozen: Callable[[Tensor], Tensor], weight: Weight, gain: Tensor | None, scale: float, dropout: float,
+        frozen: Callable[[Tensor], Tensor], weight: Weight, gain: Tensor | None, scale: float, dropout: float, fuse: bool,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         low_a, low_b = a.to(x.dtype), b.to(x.dtype)
@@ -53,7 +53,10 @@ class _LowRankLinear(torch.autograd.Function):
         dropped = flat * _keep_mask(flat, dropout, seed) if dropout else flat
         h = dropped @ low_a.T  # (tokens, r)
         y = frozen(flat)  # (tokens, out); LoRA: with the bias, DoRA: without
-        y = y.addmm_(h, low_b.T, alpha=scale)
+        if fuse:
+            y.addmm_(h, low_b.T, alpha=scale)
+        else:  # rounds where peft rounds
+            y.add_((h @ low_b.T).mul_(scale))
         if gain is not None:
             y.mul_(gain)
             if bias is not None:
@@ -93,16 +96,17 @@ class _LowRankLinear(torch.autograd.Function):
             else:
                 grad_x.addcmul_(grad_h @ a.to(grad.dtype), keep)
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None, None, None
+        return grad_x, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None, None, None, None
 
 
 def lowrank_linear(
     x: Tensor, a: Tensor, b: Tensor, *, frozen: Callable[[Tensor], Tensor], weight: Weight, scale: float, dropout: float = 0.0,
-    magnitude: Tensor | None = None, bias: Tensor | None = None, gain: Tensor | None = None,
+    magnitude: Tensor | None = None, bias: Tensor | None = None, gain: Tensor | None = None, fuse: bool = True,
 ) -> Tensor:  # fmt: skip
     """y (..., out) of a frozen linear with a low-rank update, and DoRA's scaling where `magnitude` and `gain` are given.
 
     frozen(x) is the frozen product, a fresh tensor (with the bias for LoRA, without it for DoRA); weight(dtype) gives
     W (out, in) for backward. Gradients flow to x, A, B, m and b in their own dtypes; arithmetic is in the dtype of x.
+    Without `fuse` the update is rounded before it is added, as in peft: outputs are then bit-equal to peft's for LoRA.
     """
-    return _LowRankLinear.apply(x, a, b, magnitude, bias, frozen, weight, gain, scale, dropout)
+    return _LowRankLinear.apply(x, a, b, magnitude, bias, frozen, weight, gain, scale, dropout, fuse)

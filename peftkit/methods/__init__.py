@@ -46,7 +46,7 @@ def from_recipe(entries: Any, source: Source | None = None) -> list[Method]:
         [(name, fields)] = entry.items()
         if name not in REGISTRY:
             raise ConfigError(source.problem(at, f"unknown method {name!r}{suggest(name, REGISTRY)} (there are: {', '.join(REGISTRY)})"))
-        methods.append(validate(REGISTRY[name], source, at=(*at, name)) if fields else REGISTRY[name]())
+        methods.append(REGISTRY[name]() if fields in (None, {}) else validate(REGISTRY[name], source, at=(*at, name)))
     check_methods(methods)
     return methods
 

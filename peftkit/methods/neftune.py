@@ -23,8 +23,8 @@ class NEFTune(Method):
     """Size of the noise; the paper uses 5, 10 and 15."""
     length: Literal["real", "padded"] = "real"
     """What L counts: the sample's own tokens, or the padded row (as transformers does)."""
-    seed: int = 0
-    """Seed of the noise's own generator."""
+    seed: int | None = None
+    """Seed of the noise's own generator; by default drawn from torch's, so that train.seed covers it."""
 
     def attach(self, model: nn.Module) -> Handle | None:
         getter = getattr(model, "get_input_embeddings", None)
@@ -40,7 +40,8 @@ class Noise(Handle):
     def __init__(self, config: NEFTune, model: nn.Module, embedding: nn.Module):
         self.config, self.inputs = config, {}
         device = next(embedding.parameters()).device
-        self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(config.seed)
+        seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+        self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
         body = getattr(model, "base_model", model)  # not the model: a loss that gathers before the head calls the body alone
         self.signature = inspect.signature(body.forward)
         self.hooks = [

@@ -14,7 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from peftkit.bench import load_results, markdown
+from peftkit.bench.cells import load_results
+from peftkit.bench.report import markdown
 from peftkit.builtin.families import FAMILIES
 from peftkit.config import Config, defaults_table
 from peftkit.data import DataConfig

@@ -45,7 +45,10 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         sections["model"] += [str(error).splitlines()[0]]
         return CheckReport(recipe, sections, [])
     sections["model"] = _model_lines(recipe, config)
-    sections["data"], rows = _data_lines(recipe, tokenizer)
+    try:
+        sections["data"], rows = _data_lines(recipe, tokenizer)
+    except data.HubError as error:
+        sections["data"], rows = [f"unchecked: {error}"], []
     return CheckReport(recipe, sections, rows)
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from peftkit.config import ConfigError, suggest
 from peftkit.layers import ADAPTER, adapter_layers, is_linear
-from peftkit.methods import REGISTRY, LoRA, attach, attachment, to_recipe
+from peftkit.methods import DoRA, LoRA, attach, attachment, to_recipe
 
 ADAPTER_FILE, CONFIG_FILE, CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "peftkit.json"
 PREFIX = "base_model.model."
@@ -128,10 +129,10 @@ def _read_peft_config(folder: Path) -> dict[str, Any]:
 
 
 def _method(config: dict[str, Any], names: list[str]) -> LoRA:
-    kind = REGISTRY["dora" if config.get("use_dora") else "lora"]
+    kind = DoRA if config.get("use_dora") else LoRA
     return kind(
         r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False), target_modules=names
-    )  # type: ignore[return-value]
+    )
 
 
 # --------------------------------------------------------------------------------------------------- training checkpoints
@@ -139,7 +140,7 @@ def _method(config: dict[str, Any], names: list[str]) -> LoRA:
 _STEP = re.compile(r"step-(\d+)")
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep_last: int) -> Path:
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep_last: int) -> Path:
     """Writes `folder`/step-<n> atomically: into a folder of another name, to the disk, read back, then renamed.
 
     tensors: the trained parameters by name; state: whatever torch.save takes. Only the newest `keep_last` are kept.

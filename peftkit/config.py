@@ -34,14 +34,14 @@ class ConfigError(Exception):
     """A wrong recipe or a wrong usage. `str(error)` is the whole message for the user, one line per problem."""
 
 
-class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True, validate_default=True):
+class Config(pydantic.BaseModel):
     """Base of all configs: immutable, no unknown keys, no silent conversion of types; the text under a field describes it.
 
     An int is taken for a float; a bool is never a number and a text never becomes one; infinity and NaN are refused.
     A union of several configs needs a `Field(discriminator=...)`, so that errors are about the one that was meant.
     """
 
-    model_config = pydantic.ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def suggest(word: object, choices: Iterable[object]) -> str:
@@ -69,8 +69,7 @@ class Source:
 
     def line(self, keys: Keys) -> int | None:
         """1-based line of the key, or of its nearest parent; None at the root and for what the command line set."""
-        mark = self._mark(keys)
-        return mark if isinstance(mark, int) else None
+        return mark if isinstance(mark := self._mark(keys), int) else None
 
     def where(self, keys: Keys) -> str:
         """`recipe.yaml:12`, or `command line: train.max_steps=50`, or `recipe.yaml` where no line is known."""
@@ -124,9 +123,10 @@ class _Builder:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             value = None if node is None else self.build(node, at)
         except yaml.MarkedYAMLError as error:
-            place = self.origin or f"{self.path}:{error.problem_mark.line + 1}:{error.problem_mark.column + 1}"
-            hint = "; indent with spaces, not tabs" if "\\t" in error.problem else "; quote the value" if self.origin else ""
-            raise ConfigError(f"{place}: not valid YAML: {error.problem}{f' ({error.context})' if error.context else ''}{hint}") from error
+            mark, problem = error.problem_mark, error.problem or "it cannot be read"
+            place = self.origin or (f"{self.path}:{mark.line + 1}:{mark.column + 1}" if mark else self.path)
+            hint = "; indent with spaces, not tabs" if "\\t" in problem else "; quote the value" if self.origin else ""
+            raise ConfigError(f"{place}: not valid YAML: {problem}{f' ({error.context})' if error.context else ''}{hint}") from error
         except yaml.reader.ReaderError as error:
             place = self.origin or f"{self.path}:{text.count(chr(10), 0, error.position) + 1}"
             raise ConfigError(f"{place}: not valid YAML: the character {chr(error.character)!a} is not allowed") from error
@@ -147,7 +147,8 @@ class _Builder:
             return self.scalar(kind, node, keys)
         if kind != ("map" if isinstance(node, yaml.MappingNode) else "seq"):
             return self.fail(node, keys, f"the YAML tag {kind} is not supported: write plain values")
-        items = self.entries(node, keys) if kind == "map" else {i: (n.start_mark.line + 1, n) for i, n in enumerate(node.value)}
+        listed = {i: (item.start_mark.line + 1, item) for i, item in enumerate(node.value)} if kind == "seq" else {}
+        items = self.entries(node, keys) if isinstance(node, yaml.MappingNode) else listed
         self.marks |= {(*keys, key): line for key, (line, _) in items.items()}
         values = {key: self.build(item, (*keys, key)) for key, (_, item) in items.items()}
         return values if kind == "map" else list(values.values())
@@ -294,8 +295,7 @@ def _walk(model: Model, above: Keys = (), seen: tuple[type, ...] = ()) -> Iterat
 
 def _locate(model: Model, data: Any, loc: tuple[int | str, ...]) -> tuple[Keys, list[Model]]:
     """The keys in pydantic's `loc`, which also names members of unions, and the configs that could own the last key."""
-    keys: Keys = ()
-    models = [model]
+    keys, models = typing.cast(Keys, ()), [model]
     for part in loc:
         infos = [owner.model_fields[part] for owner in models if part in owner.model_fields]
         inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int) and part < len(data)

@@ -15,7 +15,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def features(module: Any) -> tuple[int, int]:
     """(in, out) of a linear."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     return module.in_features, module.out_features
 
 
-def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     """W (out, in) of a linear: a view of a plain weight, a new tensor for a quantised one."""
     if quant.is_quantized(module):
         return quant.dequantize(module, dtype)
@@ -58,7 +58,7 @@ def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     return weight if dtype is None else weight.to(dtype)
 
 
-def compute_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
+def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
     """The dtype in which this linear multiplies `x`: autocast's, a 4-bit layer's own, or that of the input."""
     if x.dtype == torch.float64:
         return x.dtype
@@ -85,8 +85,16 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
+def _held(factors: nn.ModuleDict) -> nn.Parameter:
+    factor = factors[ADAPTER]
+    assert isinstance(factor, Factor)
+    return factor.weight
+
+
 class AdapterLayer(nn.Module, ABC):
     """A frozen module with something trainable beside it."""
+
+    base_layer: Any  # a linear of one of several libraries
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -128,7 +136,7 @@ class LoRALinear(AdapterLayer):
     d is dropout, in training only. A and B are fp32 (fp64 on an fp64 base); the product runs in the dtype of the base's.
     """
 
-    def __init__(self, base_layer: nn.Module, r: int, scale: float, dropout: float = 0.0):
+    def __init__(self, base_layer: Any, r: int, scale: float, dropout: float = 0.0):
         super().__init__(base_layer)
         inputs, outputs = features(base_layer)
         weight = base_layer.weight
@@ -142,11 +150,11 @@ class LoRALinear(AdapterLayer):
 
     @property
     def a(self) -> nn.Parameter:
-        return self.lora_A[ADAPTER].weight
+        return _held(self.lora_A)
 
     @property
     def b(self) -> nn.Parameter:
-        return self.lora_B[ADAPTER].weight
+        return _held(self.lora_B)
 
     def role_parameters(self) -> dict[str, tuple[str, nn.Parameter]]:
         return {"A": (f"lora_A.{ADAPTER}.weight", self.a), "B": (f"lora_B.{ADAPTER}.weight", self.b)}
@@ -191,7 +199,9 @@ class DoRALinear(LoRALinear):
     enters the low-rank product only: the reference's dropped x W^T would be a second product with the base.
     """
 
-    def __init__(self, base_layer: nn.Module, r: int, scale: float, dropout: float = 0.0):
+    squares: Tensor
+
+    def __init__(self, base_layer: Any, r: int, scale: float, dropout: float = 0.0):
         super().__init__(base_layer, r, scale, dropout)
         squares = row_squares(dense_weight(base_layer))
         self.register_buffer("squares", squares, persistent=False)  # |W|^2 by row: W is frozen
@@ -199,7 +209,7 @@ class DoRALinear(LoRALinear):
 
     @property
     def magnitude(self) -> nn.Parameter:
-        return self.lora_magnitude_vector[ADAPTER].weight
+        return _held(self.lora_magnitude_vector)
 
     def role_parameters(self) -> dict[str, tuple[str, nn.Parameter]]:
         return super().role_parameters() | {"magnitude": (f"lora_magnitude_vector.{ADAPTER}.weight", self.magnitude)}

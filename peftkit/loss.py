@@ -27,7 +27,7 @@ class TokenLoss(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.gathers: bool | None = None
 
     def forward(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:

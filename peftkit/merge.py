@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkit import quant
 from peftkit.layers import adapter_layers, dense_weight, swap
-from peftkit.methods.attach import attachment, forget
+from peftkit.methods.on_model import attachment, forget
 
 
 class MergeError(RuntimeError):

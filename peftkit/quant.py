@@ -6,6 +6,7 @@ that models without quantisation never pay for it.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from typing import Any, Literal
@@ -15,6 +16,9 @@ from torch import nn
 
 Quantization = Literal["nf4", "fp4", "int8"]
 BLOCK = 64  # weights that share a scale
+# On CPUs bitsandbytes logs at import that an optional package of faster kernels is missing; nothing here uses them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 REPACKED = "packing_format_for_cpu"  # the mark that bitsandbytes leaves on the state of a weight it has repacked
 
 
@@ -27,7 +31,6 @@ def quantization_config(kind: Quantization, compute_dtype: torch.dtype, skip: li
     """
     from transformers import BitsAndBytesConfig
 
-    _quiet_import()
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -39,34 +42,22 @@ def quantization_config(kind: Quantization, compute_dtype: torch.dtype, skip: li
     )
 
 
-def _quiet_import() -> None:
-    # On CPUs bitsandbytes logs at import that an optional package of faster kernels is missing; nothing here uses them.
-    import logging
-
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: F401
-
-    logger.setLevel(level)
-
-
-def _is(module: nn.Module, name: str) -> bool:
+def _is(module: Any, name: str) -> bool:
     # A bitsandbytes module can only exist once bitsandbytes is imported; asking must not import it.
     bitsandbytes = sys.modules.get("bitsandbytes")
     return bitsandbytes is not None and isinstance(module, getattr(bitsandbytes.nn, name))
 
 
-def is_4bit(module: nn.Module) -> bool:
+def is_4bit(module: Any) -> bool:
     return _is(module, "Linear4bit")
 
 
-def is_8bit(module: nn.Module) -> bool:
+def is_8bit(module: Any) -> bool:
     """Whether the module stores int8 weights (a Linear8bitLt that keeps 16-bit weights does not)."""
     return _is(module, "Linear8bitLt") and not module.state.has_fp16_weights
 
 
-def is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: Any) -> bool:
     return is_4bit(module) or is_8bit(module)
 
 
@@ -75,7 +66,7 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_quantized(module)}
 
 
-def dequantize(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+def dequantize(module: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The weight (out, in) that a quantised linear stands for, as a new tensor in `dtype` (default: its compute dtype).
 
     Raises RuntimeError where bitsandbytes has repacked the weight for its fused CPU product; `protect` prevents that.
@@ -106,7 +97,7 @@ def protect(model: nn.Module) -> int:
     the lower layers. Each layer carries the flag that allows this; we clear it. A weight that was repacked before we
     saw the model is put back in order, with a warning, because its block scales were rounded to bf16 on the way.
     """
-    found = [module for module in model.modules() if is_4bit(module)]
+    found: list[Any] = [module for module in model.modules() if is_4bit(module)]
     repacked = 0
     for module in found:
         module.support_avx512bf16_for_cpu = False

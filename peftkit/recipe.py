@@ -13,6 +13,7 @@ from peftkit.data import DataConfig
 from peftkit.evaluate import EvalConfig
 from peftkit.methods import Method, from_recipe, to_recipe
 from peftkit.model import ModelConfig, locate
+from peftkit.quant import Quantization
 from peftkit.train import TrainConfig
 
 
@@ -32,7 +33,7 @@ class Recipe(Config):
         return from_recipe(self.methods)
 
     @property
-    def quantize(self) -> str | None:
+    def quantize(self) -> Quantization | None:
         """How the base is stored: as the model section says, else as a method wishes."""
         wishes = [wish for method in self.build_methods() if (wish := method.quantize())]
         return self.model.quantize or (wishes[0] if wishes else None)

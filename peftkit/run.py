@@ -52,7 +52,9 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
         except ValueError as error:  # a target that matches nothing, say
             raise ConfigError(f"methods: {error}") from error
         handles = methods.attachment(model).handles
-        console.print(str(summary), highlight=False, markup=False)
+        console.print(str(summary), highlight=False, markup=False, soft_wrap=True)
+        if recipe.train.optimizer == "auto" and accelerator.device.type != "cuda" and any(m.paged_optimizer for m in recipe.build_methods()):
+            console.print("no GPU: AdamW runs instead of the paged 8-bit AdamW that qlora would take", highlight=False)
     if recipe.train.full_finetuning:
         model.requires_grad_(True)
     if recipe.train.gradient_checkpointing:
@@ -157,7 +159,7 @@ def train(
 
 def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[str, Any]:
     """The loss's input for packed or single rows, on the model's device."""
-    model = loss.model
+    model: Any = loss.model
     batch = data.collate(rows, model.config.pad_token_id or 0)
     return {key: value.to(model.device) for key, value in batch.items() if key != "document_lengths"}
 

@@ -105,7 +105,8 @@ class DataOrder:
 
     def __init__(self, rows: int, batch_size: int, seed: int):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self._epoch, self._permutation = -1, []
+        self._epoch = -1
+        self._permutation: list[int] = []
 
     def __getitem__(self, step: int) -> list[int]:
         return [self._at(step * self.batch_size + i) for i in range(self.batch_size)]
@@ -173,14 +174,14 @@ def train(
                     part, _ = prepared(**inputs)
                 accelerator.backward(part * (world / max(tokens, 1)))
             total += part.detach()
-        norm = accelerator.clip_grad_norm_(list(trained.values()), config.max_grad_norm)
-        value = accelerator.reduce(total, "sum").item() / max(tokens, 1)
-        if not (math.isfinite(value) and math.isfinite(float(norm))):
+        norm = float(accelerator.clip_grad_norm_(list(trained.values()), config.max_grad_norm))
+        value = float(accelerator.reduce(total, "sum")) / max(tokens, 1)
+        if not (math.isfinite(value) and math.isfinite(norm)):
             raise TrainingStopped(
-                f"non-finite loss ({value}) or gradient norm ({float(norm)}) at step {stats.steps + 1}, rows {order[stats.steps]}: "
+                f"non-finite loss ({value}) or gradient norm ({norm}) at step {stats.steps + 1}, rows {order[stats.steps]}: "
                 "lower train.learning_rate, or use dtype bfloat16 or float32 if this is float16; earlier checkpoints are whole"
             )
-        rate = scheduler.get_last_lr()[0]
+        rate = float(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,7 +189,7 @@ def train(
         stats.tokens += sum(length(row) for row in batch)
         stats.supervised_tokens += tokens
         stats.seconds += time.perf_counter() - started
-        on_step(stats.steps, {"loss": value, "gradient_norm": float(norm), "learning_rate": rate, **stats.summary()})
+        on_step(stats.steps, {"loss": value, "gradient_norm": norm, "learning_rate": rate, **stats.summary()})
         if config.save_every and stats.steps % config.save_every == 0 and stats.steps < steps and accelerator.is_main_process:
             state = {
                 "optimizer": optimizer.state_dict(),

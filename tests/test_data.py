@@ -253,7 +253,7 @@ def test_hub_names_split_and_subset_and_says_what_failed(monkeypatch):
     assert load_examples(both, tokenizer(), "train")[0][0].where == "owner/name/main:train[:1%][0]"
     load_examples(both, tokenizer(), "eval")
     assert asked == [("owner/name", "main", "train[:1%]"), ("owner/name", None, "test")]
-    with pytest.raises(ConfigError, match="'owner/gone' is no local file, and reading split 'train' .* ConnectionError: Couldn't reach the Hub$"):
+    with pytest.raises(ConfigError, match=r"'owner/gone' is no local file, and reading split 'train' .* ConnectionError: Couldn't reach the Hub$"):
         load_examples(config(train="owner/gone"), tokenizer(), "train")
 
 

@@ -98,7 +98,7 @@ def test_documented_recipe_validates(page, tmp_path):
 
 
 def test_documented_suite_validates(tmp_path):
-    from peftkit.bench import load_suite
+    from peftkit.bench.suite import load_suite
 
     [text] = blocks("docs/benchmarks.md", "yaml")
     (tmp_path / "suite.yaml").write_text(text)

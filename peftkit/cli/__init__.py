@@ -16,14 +16,15 @@ from peftkit.cli.train import check, run
 from peftkit.cli.use import evaluate, generate, merge
 
 app = typer.Typer(help="Parameter-efficient finetuning of Hugging Face models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (run, check):
-    app.command()(command)
+app.command()(run)
+app.command()(check)
 app.command(name="eval")(evaluate)
-for command in (generate, merge):
-    app.command()(command)
+app.command()(generate)
+app.command()(merge)
 app.add_typer(bench, name="bench")
-for command in (recipes, methods, doctor):
-    app.command()(command)
+app.command()(recipes)
+app.command()(methods)
+app.command()(doctor)
 
 
 @app.callback(invoke_without_command=True)

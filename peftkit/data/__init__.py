@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from peftkit.config import ConfigError
 from peftkit.data.pack import collate, pack
-from peftkit.data.read import BadRow, DataConfig, check_file, find_format, local_file, normalise, read_rows
+from peftkit.data.read import BadRow, DataConfig, HubError, check_file, find_format, local_file, normalise, read_rows
 from peftkit.data.render import Example, Renderer, colour_row, marked_row, render, render_text
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "DataConfig",
     "DataReport",
     "Example",
+    "HubError",
     "collate",
     "colour_row",
     "load_examples",

@@ -87,6 +87,10 @@ class DataConfig(Config):
         return self
 
 
+class HubError(ConfigError):
+    """A data set on the hub that could not be read: the network, its name, its split, or a licence to accept."""
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that is left out, and why."""
@@ -237,9 +241,7 @@ def read_hub(spec: str, split: str) -> list[Record | BadRow]:
     try:
         rows = load_dataset(name, subset, split=split)
     except Exception as error:  # network, missing data set, missing split, gated: each library below has its own errors
-        raise ConfigError(
-            f"{spec!r} is no local file, and reading split {split!r} of the data set {name!r} from the hub failed: {first_line(error)}"
-        ) from error
+        raise HubError(f"{spec!r} is no local file, and reading split {split!r} of the data set {name!r} from the hub failed: {first_line(error)}") from error
     source = f"{name}/{subset}:{split}" if subset else f"{name}:{split}"
     return [Record(f"{source}[{i}]", dict(row)) for i, row in enumerate(rows)]
 

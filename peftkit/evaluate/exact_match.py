@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 SLACK = 8  # tokens that an answer may run over the longest reference before it is cut
 
@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:  # fmt: skip
     """The greedy answers to token prompts, in their order, decoded without special tokens and stripped.
@@ -50,7 +50,7 @@ def generate_answers(
 
 
 def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], references: Sequence[str], batch_size: int,
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], references: Sequence[str], batch_size: int,
     max_new_tokens: int | None = None, progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:  # fmt: skip
     """Greedy answers beside their references; by default an answer may be a little longer than the longest reference."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from peftkit.config import ConfigError, Source, suggest, validate
-from peftkit.methods.attach import Attachment, Summary, adapters_disabled, attach, attachment, check_methods, describe, detach
 from peftkit.methods.base import Group, Handle, Method
 from peftkit.methods.dora import DoRA
 from peftkit.methods.lora import LoRA
 from peftkit.methods.loraplus import LoRAPlus
 from peftkit.methods.neftune import NEFTune
+from peftkit.methods.on_model import Attachment, Summary, adapters_disabled, attach, attachment, check_methods, describe, detach
 from peftkit.methods.qlora import QLoRA
 
 REGISTRY: dict[str, type[Method]] = {

@@ -33,6 +33,10 @@ class Method(Config):
         """Changes the model in place; returns what undoes it, where restoring modules does not."""
         return None
 
+    def peft_config(self, targets: list[str], model: nn.Module) -> Any:
+        """peft's config for the adapter of this method on the modules `targets`; None where it puts in no layers."""
+        return None
+
     def param_groups(self, groups: list[Group]) -> list[Group]:
         """The optimizer's groups as this method wants them."""
         return groups

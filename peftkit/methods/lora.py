@@ -51,7 +51,7 @@ class LoRA(Method):
         causal = type(model).__name__.endswith("ForCausalLM")
         return LoraConfig(
             r=self.r,
-            lora_alpha=self.alpha,
+            lora_alpha=int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,  # type: ignore[arg-type]  # peft's hint says int
             lora_dropout=self.dropout,
             target_modules=endings if exact else sorted(targets),
             use_rslora=self.rslora,

@@ -38,7 +38,8 @@ class Noise(Handle):
     """The two hooks that make the noise: one on the model's body that sees the lengths, one on the embedding that adds it."""
 
     def __init__(self, config: NEFTune, model: nn.Module, embedding: nn.Module):
-        self.config, self.inputs = config, {}
+        self.config = config
+        self.inputs: dict[str, Any] = {}
         device = next(embedding.parameters()).device
         seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
         self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)

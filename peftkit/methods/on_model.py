@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from peftkit import quant
 from peftkit.config import ConfigError
 from peftkit.layers import ADAPTER, AdapterLayer, adapter_layers, output_head, swap, trainable_parameters, unadapted_3d
-from peftkit.methods.base import Handle, Method
+from peftkit.methods.base import Group, Handle, Method
 
 _ATTRIBUTE = "_peftkit"
 
@@ -75,7 +76,7 @@ def attach(model: nn.Module, methods: Method | Sequence[Method]) -> Summary:
         raise
 
 
-def _open_doors(model: nn.Module, methods: Sequence[Method]) -> None:
+def _open_doors(model: Any, methods: Sequence[Method]) -> None:
     """Makes the model known to transformers as one that carries adapters.
 
     Trainer and SFTTrainer train a quantised model only where `_hf_peft_config_loaded` is set; `save_pretrained` then asks
@@ -86,7 +87,7 @@ def _open_doors(model: nn.Module, methods: Sequence[Method]) -> None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    BaseTunerLayer.register(AdapterLayer)
+    BaseTunerLayer.register(AdapterLayer)  # type: ignore[type-abstract]
     model.peft_config = {ADAPTER: swapping[0].peft_config(sorted(adapter_layers(model)), model)}
     model._hf_peft_config_loaded = True
 
@@ -143,6 +144,8 @@ class Summary:
     quantized: int
     """How many linears are quantised."""
     left_out: list[str]
+    rates: dict[str, float]
+    """Role -> its learning rate over the base rate."""
 
     @property
     def trainable_parameters(self) -> int:
@@ -151,7 +154,8 @@ class Summary:
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         modules = ", ".join(f"{ending} x{count}" for ending, count in self.modules.items()) or "none"
-        roles = ", ".join(f"{role} {count:,}" for role, count in self.trainable.items()) or "nothing"
+        rates = {role: f" at {rate:g} x the learning rate" if rate != 1 else "" for role, rate in self.rates.items()}
+        roles = ", ".join(f"{role} {count:,}{rates.get(role, '')}" for role, count in self.trainable.items()) or "nothing"
         lines = [
             f"methods    {', '.join(self.methods)}",
             f"adapted    {sum(self.modules.values())} linears: {modules}" + (f" ({self.quantized} of the model's linears quantised)" if self.quantized else ""),
@@ -167,6 +171,9 @@ def describe(model: nn.Module) -> Summary:
     trainable: Counter[str] = Counter()
     for _, role, parameter in trainable_parameters(model):
         trainable[role] += parameter.numel()
+    groups: list[Group] = [{"role": role, "params": [], "lr": 1.0, "weight_decay": 0.0} for role in trainable]
+    for method in record.methods:
+        groups = method.param_groups(groups)
     own = {id(parameter) for layer in layers.values() for _, parameter in layer.role_parameters().values()}
     total = sum(_stands_for(parameter) for parameter in model.parameters() if id(parameter) not in own)
     left_out = []
@@ -184,6 +191,7 @@ def describe(model: nn.Module) -> Summary:
         total_parameters=total,
         quantized=len(quant.quantized_modules(model)),
         left_out=left_out,
+        rates={group["role"]: group["lr"] for group in groups},
     )
 
 

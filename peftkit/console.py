@@ -71,7 +71,7 @@ def number(value: Any) -> str:
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
     """A plain table: the first column to the left, numbers to the right."""
-    made = Table(title=title, title_justify="left")
+    made = Table(title=title, title_justify="left", min_width=min(len(title) + 4, 100))
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("peftkit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+import peftkit
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Result:
 
 def versions() -> dict[str, str]:
     """Installed versions of what a result depends on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "peftkit": peftkit.__version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

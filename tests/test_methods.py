@@ -224,10 +224,9 @@ def test_loraplus_raises_the_rate_of_b_alone():
 
 def test_loraplus_without_b_matrices_is_refused():
     model = tiny_llama()
-    pk.attach(model, [pk.LoRAPlus()])
-    model.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match="loraplus sets the learning rate of B matrices, and this model trains none"):
-        pk.build_optimizer(model)
+        pk.attach(model, [pk.LoRAPlus()])
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the model is as it was"
 
 
 # ------------------------------------------------------------------------------------------------------------- NEFTune

@@ -70,10 +70,10 @@ def number(value: Any) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
-    """A plain table: the first column to the left, numbers to the right."""
+    """A plain table: texts to the left, numbers to the right."""
     made = Table(title=title, title_justify="left", min_width=min(len(title) + 4, 100))
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right")
+        made.add_column(column, justify="left" if all(isinstance(row[i], str) for row in rows) else "right")
     for row in rows:
         made.add_row(*(number(cell) for cell in row))
     return made

@@ -92,6 +92,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
                 f"{suggest(unknown[0], sorted(linears))}; it belongs to {config.get('base_model_name_or_path') or 'another base'}"
             )
         attach(model, _method(config, names))
+    if not fresh:
+        stored, here = _method(config, []).scale, getattr(next(iter(adapter_layers(model).values())), "scale", None)
+        if stored != here:
+            raise CheckpointError(f"{folder} scales its update by {stored:g}, the attached adapter by {here:g} (alpha, r, rslora); detach it first")
     wanted = {_file_key(f"{n}.{local}"): p for n, layer in adapter_layers(model).items() for local, p in layer.role_parameters().values()}
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(wanted[k].shape)} here" for k in wanted if k in state and state[k].shape != wanted[k].shape]

@@ -85,7 +85,7 @@ def _from_hub(what: str, name: str, load: Any, **options: Any) -> Any:
     """`load(name, **options)`, with transformers' many ways to fail told in one line."""
     try:
         return load(locate(name), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model: cannot load the {what} of {name!r}: {reason}\n"

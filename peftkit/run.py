@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from rich.console import Console
 
 from peftkit import data, evaluate, methods
@@ -19,7 +19,7 @@ from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.config import ConfigError, read_yaml
 from peftkit.console import bar
 from peftkit.loss import TokenLoss
-from peftkit.model import best_dtype, load, load_tokenizer, resolve_dtype
+from peftkit.model import load, load_tokenizer, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe, resolved
 from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json
@@ -34,9 +34,9 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console(stderr=True)
-    accelerator = Accelerator()
+    accelerator = one_accelerator(recipe)
     console.quiet = console.quiet or not accelerator.is_main_process
-    folder = open_folder(recipe, resume, accelerator)
+    folder = open_folder(recipe, resume)
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     sets = load_sets(recipe, tokenizer, console)
@@ -62,13 +62,15 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     loss = TokenLoss(model)
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 
-    scores = Scorer(recipe, model, tokenizer, loss, sets, console)
+    if not resume and accelerator.is_main_process:
+        start_folder(folder, recipe)
+    accelerator.wait_for_everyone()
+    scores = Scorer(recipe, model, tokenizer, loss, sets, console, accelerator.is_main_process)
     before = scores.before(folder, resume) if recipe.eval.before else {}
     stats = train(recipe, loss, model, optimizer, sets, accelerator, folder, handles, console, resume)
     accelerator.wait_for_everyone()
+    adapter = save(model, tokenizer, recipe, folder) if accelerator.is_main_process else {}  # before anything else can fail
     after = scores.score("after", folder / "predictions.jsonl")
-
-    adapter = save(model, recipe, folder) if accelerator.is_main_process else {}
     result = Result(before, after, stats.summary(), adapter, recipe.model_dump(), versions(), machine(), str(folder))
     if accelerator.is_main_process:
         write_json(folder / "result.json", result.to_json())
@@ -79,8 +81,18 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 # ------------------------------------------------------------------------------------------------- the steps of the way
 
 
-def open_folder(recipe: Recipe, resume: bool, accelerator: Accelerator) -> Path:
-    """The run folder with the resolved recipe in it. Refuses one that holds another run, unless that one is resumed."""
+def one_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate for processes and devices alone: precision and accumulation are the recipe's. Raises ConfigError."""
+    accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    if accelerator.mixed_precision != "no":
+        raise ConfigError(f"accelerate is set to {accelerator.mixed_precision}; model.dtype sets the precision here: launch with --mixed_precision no")
+    if recipe.train.batch_size < accelerator.num_processes:
+        raise ConfigError(f"train.batch_size: {recipe.train.batch_size} rows cannot be shared by {accelerator.num_processes} processes")
+    return accelerator
+
+
+def open_folder(recipe: Recipe, resume: bool) -> Path:
+    """The run folder, as it is. Refuses one that holds an unfinished run, unless that one is resumed, and one that is not a run's."""
     folder = Path(recipe.output_dir)
     written = folder / "recipe.yaml"
     if resume:
@@ -92,14 +104,19 @@ def open_folder(recipe: Recipe, resume: bool, accelerator: Accelerator) -> Path:
         return folder
     if checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
         raise ConfigError(f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir")
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in ("adapter", "model", "checkpoints"):
-            shutil.rmtree(folder / old, ignore_errors=True)
-        for old in ("result.json", "before.json", "metrics.jsonl", "predictions.jsonl", "loss.png"):
-            (folder / old).unlink(missing_ok=True)
-        written.write_text(resolved(recipe))
+    if folder.exists() and any(folder.iterdir()) and not written.exists():
+        raise ConfigError(f"output_dir: {folder} is not empty and holds no run of peftkit; give another output_dir")
     return folder
+
+
+def start_folder(folder: Path, recipe: Recipe) -> None:
+    """Clears an earlier run out of its folder and writes the recipe: only once data, model and targets are known to be good."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in ("adapter", "model", "checkpoints"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    for old in ("result.json", "before.json", "metrics.jsonl", "predictions.jsonl", "loss.png"):
+        (folder / old).unlink(missing_ok=True)
+    (folder / "recipe.yaml").write_text(resolved(recipe))
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:
@@ -153,7 +170,7 @@ def train(
             lambda row: sum(len(example.input_ids) for example in row),
             lambda row: sum(sum(example.trained[1:]) for example in row),
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
-            autocast=recipe.train.full_finetuning and best_dtype() == torch.bfloat16,
+            autocast=recipe.train.full_finetuning and resolve_dtype(recipe.model.dtype) == torch.bfloat16,
         )  # fmt: skip
 
 
@@ -167,8 +184,8 @@ def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[st
 class Scorer:
     """Evaluates before and after training, with progress and the single answers kept."""
 
-    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, loss: TokenLoss, sets: dict[str, list], console: Console):
-        self.recipe, self.model, self.tokenizer, self.loss, self.console = recipe, model, tokenizer, loss, console
+    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, loss: TokenLoss, sets: dict[str, list], console: Console, writes: bool = True):
+        self.recipe, self.model, self.tokenizer, self.loss, self.console, self.writes = recipe, model, tokenizer, loss, console, writes
         self.main = evaluate.EvalSet("eval", sets["eval"]) if sets["eval"] else None
         self.retained = [evaluate.EvalSet(name, sets[name]) for name in recipe.eval.retained]
 
@@ -178,7 +195,8 @@ class Scorer:
         if resume and kept.exists():
             return json.loads(kept.read_text())
         values = self.score("before", None)
-        write_json(kept, values)
+        if self.writes:
+            write_json(kept, values)
         return values
 
     def score(self, when: str, predictions: Path | None) -> dict[str, Any]:
@@ -190,7 +208,7 @@ class Scorer:
                 self.model, self.tokenizer, self.loss, self.main, self.retained, self.recipe.eval,
                 lambda examples: to_batch([[example] for example in examples], self.loss), lambda count: shown.advance(count),
             )  # fmt: skip
-        if predictions is not None:
+        if predictions is not None and self.writes:
             lines = [
                 json.dumps({"set": name, "index": i, "correct": p.correct, "prediction": p.prediction, "answer": p.answer}, ensure_ascii=False)
                 for name, answers in found.predictions.items() for i, p in enumerate(answers)
@@ -199,7 +217,7 @@ class Scorer:
         return found.values
 
 
-def save(model: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes the adapter (or the whole model, after full finetuning) and says how large it is."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     modules = sum(methods.describe(model).modules.values()) if recipe.methods else 0
@@ -208,6 +226,7 @@ def save(model: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
         if recipe.methods:
             methods.detach(model)
         model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     else:
         target = save_adapter(model, folder / "adapter")
     return {"trainable_parameters": trained, "bytes": sum(f.stat().st_size for f in target.glob("*.safetensors")), "modules": modules}

@@ -49,7 +49,7 @@ class TrainConfig(Config):
     """Compute activations again in backward instead of keeping them."""
     full_finetuning: bool = False
     """Train every parameter of the base (fp32 weights, bfloat16 arithmetic where there is any) instead of adapters."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of adapter weights, data order, dropout and noise."""
     log_every: int = Field(10, gt=0)
     """Steps between lines of metrics.jsonl."""

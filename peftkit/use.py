@@ -11,13 +11,13 @@ from rich.console import Console
 
 from peftkit import evaluate
 from peftkit.checkpoint import CONFIG_FILE, load_adapter
-from peftkit.config import ConfigError, suggest
+from peftkit.config import ConfigError, read_yaml, suggest, validate
 from peftkit.layers import adapter_layers, dense_weight
 from peftkit.loss import TokenLoss
 from peftkit.merge import MergeCheck, merge_verified
 from peftkit.methods import adapters_disabled
 from peftkit.model import load
-from peftkit.recipe import load_recipe
+from peftkit.recipe import Recipe, load_recipe
 from peftkit.run import Scorer, load_sets
 
 
@@ -28,20 +28,22 @@ class Origin(NamedTuple):
     model: str
     quantize: str | None
     dtype: str
+    revision: str | None = None
 
 
 def find_origin(adapter: str | None, model: str | None = None, quantize: str | None = None) -> Origin:
     """The adapter and base that a user means by a run folder or adapter folder, and by options that go before it."""
     folder = Path(adapter) if adapter else None
-    found, stored, dtype = model, None, "auto"
+    found, stored, dtype, revision = model, None, "auto", None
     if folder is not None:
         run_folder = folder.parent if folder.name == "adapter" else folder
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
             raise ConfigError(f"--adapter: there is no folder {folder}{suggest(folder.name, near)}")
         if (run_folder / "recipe.yaml").exists():
-            recipe = load_recipe(run_folder / "recipe.yaml")
+            recipe = validate(Recipe, read_yaml(run_folder / "recipe.yaml"))  # not load_recipe: it would ask for the machine it was trained on
             found, stored, dtype = model or recipe.model.name, recipe.quantize, recipe.model.dtype
+            revision = None if model else recipe.model.revision
         folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).exists() else folder
         if not (folder / CONFIG_FILE).exists():
             raise ConfigError(f"--adapter: {folder} holds no {CONFIG_FILE}: it is neither a run folder with an adapter nor an adapter folder")
@@ -50,12 +52,12 @@ def find_origin(adapter: str | None, model: str | None = None, quantize: str | N
         raise ConfigError("neither --adapter nor --model says which base is meant")
     if quantize not in (None, "none", "nf4", "fp4", "int8"):
         raise ConfigError(f"--quantize: unknown {quantize!r}{suggest(str(quantize), ('nf4', 'fp4', 'int8', 'none'))} (there are: nf4, fp4, int8, none)")
-    return Origin(folder, found, None if quantize == "none" else quantize or stored, dtype)
+    return Origin(folder, found, None if quantize == "none" else quantize or stored, dtype, revision)
 
 
 def load_adapted(origin: Origin) -> tuple[Any, Any]:
     """(model in eval mode with its adapter, tokenizer)."""
-    model, tokenizer = load(origin.model, origin.quantize, origin.dtype)  # type: ignore[arg-type]
+    model, tokenizer = load(origin.model, origin.quantize, origin.dtype, revision=origin.revision)  # type: ignore[arg-type]
     if origin.adapter is not None:
         load_adapter(model, origin.adapter)
     return model.eval(), tokenizer
@@ -94,13 +96,15 @@ def score(recipe: str, overrides: list[str], adapter: str | None, console: Conso
     if adapter is None:
         adapter = recipe if folder.is_dir() else config.output_dir
     if config.train.full_finetuning and adapter != "none":
-        adapted, tokenizer = load(str(Path(adapter) / "model"))
+        adapted, tokenizer = load(str(Path(adapter) / "model"), dtype="float32", attention=config.model.attention)
         adapted.eval()
     elif adapter == "none":
-        adapted, tokenizer = load_adapted(Origin(None, config.model.name, config.quantize, config.model.dtype))
+        adapted, tokenizer = load_adapted(Origin(None, config.model.name, config.quantize, config.model.dtype, config.model.revision))
     else:
         origin = find_origin(adapter)
-        adapted, tokenizer = load_adapted(origin._replace(model=config.model.name, quantize=config.quantize, dtype=config.model.dtype))
+        adapted, tokenizer = load_adapted(
+            origin._replace(model=config.model.name, quantize=config.quantize, dtype=config.model.dtype, revision=config.model.revision)
+        )
     return Scorer(config, adapted, tokenizer, TokenLoss(adapted), load_sets(config, tokenizer, console), console).score("of", None)
 
 
@@ -115,7 +119,7 @@ def merge_to(adapter: str, output: str, model: str | None, quantize: str | None,
     adapted, tokenizer = load_adapted(origin)
     originals = None
     if onto == "original":
-        plain, _ = load(origin.model, None, origin.dtype)
+        plain, _ = load(origin.model, None, origin.dtype, revision=origin.revision)
         originals = {name: dense_weight(plain.get_submodule(name)).detach() for name in adapter_layers(adapted)}
     vocabulary = adapted.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (4, 64), generator=torch.Generator().manual_seed(0)).to(adapted.device)

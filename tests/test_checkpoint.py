@@ -350,3 +350,12 @@ def test_adapter_state_is_by_peft_s_keys():
     prefix = "base_model.model.model.layers.0.self_attn.q_proj."
     assert {f"{prefix}lora_A.weight", f"{prefix}lora_B.weight", f"{prefix}lora_magnitude_vector"} < adapter_state(model).keys()
     assert len(adapter_state(model)) == 6
+
+
+def test_an_adapter_of_another_scale_is_refused(tmp_path):
+    saved, other = tiny_llama(), tiny_llama()
+    pk.attach(saved, pk.LoRA(r=4, alpha=64))
+    pk.save_adapter(saved, tmp_path)
+    pk.attach(other, pk.LoRA(r=4, alpha=4))
+    with pytest.raises(CheckpointError, match="scales its update by 16, the attached adapter by 1"):
+        pk.load_adapter(other, tmp_path)

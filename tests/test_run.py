@@ -234,3 +234,17 @@ def test_full_finetuning_saves_a_model(tmp_path):
     weights = load_file(tmp_path / "full/model/model.safetensors")
     base, _ = pk.load("builtin:tiny", dtype="float32")
     assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"].float(), base.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_mistyped_run_deletes_nothing(tmp_path):
+    """Neither files that are not a run's, nor an earlier run whose recipe is then given with a typo."""
+    mine = tmp_path / "project/model/weights.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="holds no run of peftkit"):
+        pk.run(recipe(tmp_path / "project"))
+    done = tmp_path / "done"
+    pk.run(recipe(done, max_steps=1, save_every=None))
+    with pytest.raises(ConfigError, match=r"nope\.jsonl"):
+        pk.run(recipe(done), overrides=["data.train=nope.jsonl"])
+    assert mine.read_text() == "mine" and (done / "result.json").exists() and (done / "adapter").exists()

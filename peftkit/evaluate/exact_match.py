@@ -22,6 +22,18 @@ class Prediction(NamedTuple):
         return self.prediction == self.answer
 
 
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's eos, the model's own, and what the chat template closes a turn with."""
+    own = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        last = tokenizer(tokenizer.apply_chat_template(turn, tokenize=False).rstrip(), add_special_tokens=False)["input_ids"][-1]
+        token = tokenizer.added_tokens_decoder.get(last)
+        found |= {last} if token is not None and token.special else set()
+    return sorted(found - {None})
+
+
 @torch.no_grad()
 def generate_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
@@ -31,9 +43,12 @@ def generate_answers(
 
     Prompts of like length share a batch, padded on the left.
     """
-    end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    ends = stop_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    # What is not set here, transformers would take from the model's own generation config: penalties of chat models, say.
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=pad
+    )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

@@ -17,6 +17,8 @@ _WHERE = {
     "attach": "peftkit.methods",
     "detach": "peftkit.methods",
     "describe": "peftkit.methods",
+    "set_adapter": "peftkit.methods",
+    "delete_adapter": "peftkit.methods",
     "adapters_disabled": "peftkit.methods",
     "LoRA": "peftkit.methods",
     "DoRA": "peftkit.methods",
@@ -41,8 +43,10 @@ if TYPE_CHECKING:
     from peftkit.methods import QLoRA as QLoRA
     from peftkit.methods import adapters_disabled as adapters_disabled
     from peftkit.methods import attach as attach
+    from peftkit.methods import delete_adapter as delete_adapter
     from peftkit.methods import describe as describe
     from peftkit.methods import detach as detach
+    from peftkit.methods import set_adapter as set_adapter
     from peftkit.model import load as load
     from peftkit.optim import build_optimizer as build_optimizer
     from peftkit.run import run as run

@@ -31,19 +31,19 @@ class CheckpointError(RuntimeError):
 # ---------------------------------------------------------------------------------------------------------- adapter files
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter by peft's file keys: `base_model.model.<module>.lora_A.weight`, ..., fp32 on the CPU."""
-    state = {}
-    for name, layer in adapter_layers(model).items():
-        for local, parameter in layer.role_parameters().values():
-            state[_file_key(f"{name}.{local}")] = parameter.detach().cpu().contiguous()
-    return state
+def _by_key(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter by peft's file keys: `base_model.model.<module>.lora_A.weight`, ..."""
+    return {
+        f"{PREFIX}{name}.{trained.key}": trained.parameter
+        for name, layer in adapter_layers(model).items()
+        if adapter in layer.specs
+        for trained in layer.role_parameters(adapter)
+    }
 
 
-def _file_key(name: str) -> str:
-    # peft files name the adapter nowhere, and DoRA's magnitude has no `.weight`.
-    key = name.replace(f".{ADAPTER}.weight", ".weight")
-    return PREFIX + key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+def adapter_state(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Tensor]:
+    """The adapter by peft's file keys, on the CPU."""
+    return {key: parameter.detach().cpu().contiguous() for key, parameter in _by_key(model, adapter).items()}
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -93,10 +93,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             )
         attach(model, _method(config, names))
     if not fresh:
-        stored, here = _method(config, []).scale, getattr(next(iter(adapter_layers(model).values())), "scale", None)
+        stored, here = _method(config, []).scale, next(iter(adapter_layers(model).values())).specs[ADAPTER].scale
         if stored != here:
             raise CheckpointError(f"{folder} scales its update by {stored:g}, the attached adapter by {here:g} (alpha, r, rslora); detach it first")
-    wanted = {_file_key(f"{n}.{local}"): p for n, layer in adapter_layers(model).items() for local, p in layer.role_parameters().values()}
+    wanted = _by_key(model, ADAPTER)
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(wanted[k].shape)} here" for k in wanted if k in state and state[k].shape != wanted[k].shape]
     if missing or unexpected or shapes:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peftkit import quant
-from peftkit.layers import adapter_layers, dense_weight, swap
+from peftkit.layers import adapter_layers, dense_weight, plain_linear, swap
 from peftkit.methods.on_model import attachment, forget
 
 
@@ -48,28 +46,16 @@ def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Mo
     # An 8-bit layer names no compute dtype: its weight becomes what the model keeps the rest in.
     kept = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point() and not parameter.requires_grad), None)
     for name, layer in layers.items():
-        base = layer.base_layer
-        original = dense_weight(base, kept if quant.is_8bit(base) else None) if originals is None else originals[name]
-        weight = layer.merged_weight(original.to(layer.role_parameters()["A"][1].device))
-        if quant.is_quantized(base):
-            base = _plain_linear(base, weight)
+        if originals is not None:
+            weight = originals[name].to(next(layer.parameters()).device)
         else:
-            base.weight = nn.Parameter(weight.T.contiguous() if isinstance(base, Conv1D) else weight, requires_grad=False)
-        swap(model, name, base)
+            weight = dense_weight(layer.base_layer, kept) if quant.is_8bit(layer.base_layer) else None
+        swap(model, name, layer.merged(weight))
     for name, module in quant.quantized_modules(model).items():
-        swap(model, name, _plain_linear(module, dense_weight(module, kept if quant.is_8bit(module) else None)))
+        swap(model, name, plain_linear(module, dense_weight(module, kept if quant.is_8bit(module) else None)))
     forget(model)
     _forget_quantization(model)
     return model
-
-
-def _plain_linear(module: Any, weight: Tensor) -> nn.Linear:
-    """An nn.Linear with this weight (out, in) and the bias of `module`."""
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        plain.bias = nn.Parameter(module.bias.detach().to(weight.dtype), requires_grad=False)
-    return plain.train(module.training)
 
 
 def _forget_quantization(model: nn.Module) -> None:

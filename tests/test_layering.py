@@ -19,8 +19,8 @@ LEVELS = [
     ["bench", "check", "use"],
     ["run"],
     ["recipe", "result"],
-    ["train", "evaluate"],  # the loop saves checkpoints, follows a schedule and measures memory
-    ["data", "model", "optim", "loss", "checkpoint", "merge", "memory", "builtin.tasks"],
+    ["train", "evaluate", "average"],  # the loop saves checkpoints, follows a schedule and measures memory; averaging reads and writes adapters
+    ["data", "model", "optim", "loss", "checkpoint", "merge", "adopt", "memory", "builtin.tasks"],
     ["builtin"],  # the words and families of the embedded tasks
     ["methods"],
     ["layers"],

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 import peftkit as pk
 from peftkit import quant
 from peftkit.kernels import dora_norm
-from peftkit.kernels.lowrank import _keep_mask
-from peftkit.layers import AdapterLayer, DoRALinear, LoRALinear, adapter_layers, dense_weight, features, trainable_parameters
+from peftkit.kernels.lowrank import zero_at_random_
+from peftkit.layers import AdapterLayer, LoRALinear, Spec, adapter_layers, dense_weight, features, trainable_parameters
 from peftkit.methods import REGISTRY, LoRA
 
 IN, OUT = 64, 96
@@ -141,7 +141,7 @@ def test_outputs_right_after_attach_are_the_bases(method, kind, dtype):
         with torch.no_grad():
             after = model(x)
         pk.detach(model)
-        if SWAPPING[method].layer is LoRALinear:
+        if not SWAPPING[method].dora:
             assert torch.equal(after, before)
         else:
             assert relative(after, before) <= tolerance(kind, dtype)
@@ -206,7 +206,7 @@ def test_adapters_are_enabled_again_after_an_error():
 def test_roles_and_dtypes_of_the_masters(method, kind, dtype):
     model = adapted(method, kind, dtype)
     roles = {role: parameter for _, role, parameter in trainable_parameters(model)}
-    shapes = {"A": (4, IN), "B": (OUT, 4)} | ({"magnitude": (OUT,)} if SWAPPING[method].layer is DoRALinear else {})
+    shapes = {"A": (4, IN), "B": (OUT, 4)} | ({"magnitude": (OUT,)} if SWAPPING[method].dora else {})
     assert {role: tuple(parameter.shape) for role, parameter in roles.items()} == shapes
     assert {parameter.dtype for parameter in roles.values()} == {torch.float32}
     assert features(model.linear.base_layer) == (IN, OUT)
@@ -246,9 +246,9 @@ def test_gradients_equal_plain_autograd_in_fp64(method, kind, dropout):
     mask: Tensor | float = 1.0
     if dropout:
         torch.manual_seed(11)
-        mask = _keep_mask(x.detach().reshape(-1, IN), dropout, int(torch.randint(2**62, ()))).view_as(x)
+        mask = zero_at_random_(torch.ones(24, IN, dtype=x.dtype), dropout, int(torch.randint(2**62, ()))).view_as(x) / (1 - dropout)
         assert set(mask.unique().tolist()) == {0.0, 1 / (1 - dropout)} and 0.3 < (mask == 0).double().mean() < 0.5
-    parts = {role: parameter.detach().clone().requires_grad_() for role, (_, parameter) in layer.role_parameters().items()}
+    parts = {trained.role: trained.parameter.detach().clone().requires_grad_() for trained in layer.role_parameters()}
     z = x.detach().clone().requires_grad_()
     w = dense_weight(layer.base_layer).detach()
     bias = None if layer.bias is None else layer.bias.detach()
@@ -256,7 +256,7 @@ def test_gradients_equal_plain_autograd_in_fp64(method, kind, dropout):
     (wanted * cotangent).sum().backward()
     assert relative(y, wanted) <= 1e-12
     assert relative(x.grad, z.grad) <= 1e-12
-    for role, (_, parameter) in layer.role_parameters().items():
+    for role, _, _, parameter in layer.role_parameters():
         assert relative(parameter.grad, parts[role].grad) <= 1e-12, role
 
 
@@ -267,20 +267,21 @@ def test_gradients_equal_plain_autograd_in_fp64(method, kind, dropout):
 )  # fmt: skip
 def test_any_shape_equals_the_formula(dora, inputs, outputs, r, rows, bias, scale, seed):
     torch.manual_seed(seed)
-    layer = (DoRALinear if dora else LoRALinear)(nn.Linear(inputs, outputs, bias=bias).double().requires_grad_(False), r, scale)
+    layer = LoRALinear(nn.Linear(inputs, outputs, bias=bias).double().requires_grad_(False))
+    layer.add("default", Spec(r, scale, dora=dora))
     with torch.no_grad():
-        for _, parameter in layer.role_parameters().values():
+        for *_, parameter in layer.role_parameters():
             parameter.add_(torch.randn_like(parameter))
     x = torch.randn(rows, inputs, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn(rows, outputs, dtype=torch.float64)
-    parts = {role: parameter.detach().clone().requires_grad_() for role, (_, parameter) in layer.role_parameters().items()}
+    parts = {trained.role: trained.parameter.detach().clone().requires_grad_() for trained in layer.role_parameters()}
     z = x.detach().clone().requires_grad_()
     y = layer(x)
     wanted = formula(layer, z, layer.base_layer.weight, parts["A"], parts["B"], parts.get("magnitude"), layer.bias)
     (y * cotangent).sum().backward(), (wanted * cotangent).sum().backward()
     torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(x.grad, z.grad, rtol=1e-10, atol=1e-10)
-    for role, (_, parameter) in layer.role_parameters().items():
+    for role, _, _, parameter in layer.role_parameters():
         torch.testing.assert_close(parameter.grad, parts[role].grad, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(F.linear(x, layer.merged_weight(), layer.bias), y, rtol=1e-10, atol=1e-10)
 
@@ -296,7 +297,7 @@ def test_dora_norm_follows_every_change_of_the_factors():
     layer, x = model.linear, tokens(5, IN)
     with torch.no_grad():
         first = model(x)
-        layer.b.data.mul_(3)  # through .data: `_version` stays as it is
+        layer.b().data.mul_(3)  # through .data: `_version` stays as it is
         second = model(x)
         assert relative(second, F.linear(x, layer.merged_weight(), layer.bias)) <= 1e-5
     assert not torch.allclose(first, second)
@@ -372,7 +373,7 @@ def test_dropout_draws_from_the_global_seed(method):
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_fp32_masters_take_steps_that_bf16_would_lose(method):
     model = adapted(method, "linear", torch.bfloat16).train()
-    parameter = model.linear.magnitude if method == "dora" else model.linear.a
+    parameter = model.linear.magnitude() if method == "dora" else model.linear.a()
     start = parameter.detach().clone()
     model(tokens(6, IN, dtype=torch.bfloat16)).float().sum().backward()
     assert parameter.grad.dtype == torch.float32

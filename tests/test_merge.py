@@ -107,7 +107,7 @@ def test_a_merged_model_can_be_adapted_again(saved_llama, ids):
     pk.attach(model, pk.LoRA(r=2))
     assert torch.equal(logits(model, ids), before)
     model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert all(layer.b.grad.any() for layer in adapter_layers(model).values())
+    assert all(layer.b().grad.any() for layer in adapter_layers(model).values())
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -162,7 +162,7 @@ def test_merging_into_the_original_weights(method, saved_llama, ids):
     model = attached(quantized_llama(saved_llama), method)
     originals = {name: plain.get_submodule(name).weight.detach() for name in adapter_layers(model)}
     deltas = {name: layer.delta().detach() for name, layer in adapter_layers(model).items()}
-    magnitudes = {name: layer.magnitude.detach() for name, layer in adapter_layers(model).items()} if method == "dora" else {}
+    magnitudes = {name: layer.magnitude().detach() for name, layer in adapter_layers(model).items()} if method == "dora" else {}
     check = merge_verified(model, ids, originals=originals, max_kl=0)
     assert check.max_difference > 1e-3, "another model than the trained one: reported, not refused"
     for name, original in originals.items():

@@ -92,7 +92,7 @@ def test_targets(targets, exclude, wanted):
 
 
 def test_an_ending_is_a_whole_name_part():
-    with pytest.raises(ValueError, match="'proj' matches no linear layer"):
+    with pytest.raises(ValueError, match="'proj' matches no layer that can be adapted"):
         pk.attach(tiny_llama(), pk.LoRA(target_modules=["proj"]))
 
 
@@ -101,12 +101,12 @@ def test_an_ending_is_a_whole_name_part():
     [
         (
             {"target_modules": ["q_proj", "q_prj"]},
-            r"'q_prj' matches no linear layer; did you mean 'q_proj'\? \(linear layers here: .*down_proj",
+            r"'q_prj' matches no layer that can be adapted; did you mean 'q_proj'\? \(there are: .*down_proj",
         ),
-        ({"target_modules": "qproj"}, r"'qproj' matches no linear layer; did you mean 'q_proj'"),
+        ({"target_modules": "qproj"}, r"'qproj' matches no layer that can be adapted; did you mean 'q_proj'"),
         (
             {"exclude_modules": ["mlp.gate_prj"]},
-            r"exclude_modules: target 'mlp.gate_prj' matches no linear layer; did you mean 'gate_proj'",
+            r"exclude_modules: target 'mlp.gate_prj' matches no layer that can be adapted; did you mean 'gate_proj'",
         ),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "together leave no module"),
         ({"target_modules": []}, "leave no module"),
@@ -202,8 +202,8 @@ def test_a_seed_gives_the_same_start():
         torch.manual_seed(seed)
         pk.attach(model, pk.LoRA(r=4, target_modules=["down_proj"]))
         starts.append(next(iter(adapter_layers(model).values())))
-    assert torch.equal(starts[0].a, starts[1].a) and not torch.equal(starts[0].a, starts[2].a)
-    assert not starts[0].b.any() and starts[0].a.abs().max() <= 1 / math.sqrt(96) and starts[0].a.std() > 0.5 / math.sqrt(96)
+    assert torch.equal(starts[0].a(), starts[1].a()) and not torch.equal(starts[0].a(), starts[2].a())
+    assert not starts[0].b().any() and starts[0].a().abs().max() <= 1 / math.sqrt(96) and starts[0].a().std() > 0.5 / math.sqrt(96)
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA+

@@ -48,7 +48,7 @@ def test_weight_decay_shrinks_every_role():
     model = tiny_llama()
     pk.attach(model, [pk.DoRA(r=2, target_modules=["q_proj"]), pk.LoRAPlus(ratio=2)])
     for layer in adapter_layers(model).values():
-        torch.nn.init.ones_(layer.b)
+        torch.nn.init.ones_(layer.b())
     before = {name: parameter.detach().clone() for name, _, parameter in trainable_parameters(model)}
     optimizer = pk.build_optimizer(model, learning_rate=0.1, weight_decay=0.5)
     for parameter in model.parameters():

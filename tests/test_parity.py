@@ -33,7 +33,7 @@ def pair(model, dora: bool, targets, rslora: bool = False, conv1d: bool = False)
     reference = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, layer in adapter_layers(ours).items():
-            for local, parameter in layer.role_parameters().values():
+            for _, local, _, parameter in layer.role_parameters():
                 reference[f"base_model.model.{name}.{local}"].copy_(parameter)
     return ours, theirs
 
@@ -52,7 +52,7 @@ def assert_equal(ours, theirs, ids: torch.Tensor, tolerance: float) -> None:
     reference = dict(theirs.named_parameters())
     compared = 0
     for name, layer in adapter_layers(ours).items():
-        for role, (local, parameter) in layer.role_parameters().items():
+        for role, local, _, parameter in layer.role_parameters():
             theirs_grad = reference[f"base_model.model.{name}.{local}"].grad
             assert relative(parameter.grad, theirs_grad) <= tolerance, (name, role)
             compared += 1

@@ -53,7 +53,7 @@ def assert_trained(model: nn.Module, trainer: Trainer, folder: Path, fresh: nn.M
     layers = adapter_layers(model)
     assert len(layers) == 14
     for name, layer in layers.items():
-        assert layer.b.any(), name
+        assert layer.b().any(), name
     checkpoint = folder / "checkpoint-3"
     assert not list(checkpoint.glob("model*.safetensors")), "the base is not written"
     pk.load_adapter(fresh, checkpoint)

@@ -10,7 +10,19 @@ from peftkit.methods.dora import DoRA
 from peftkit.methods.lora import LoRA
 from peftkit.methods.loraplus import LoRAPlus
 from peftkit.methods.neftune import NEFTune
-from peftkit.methods.on_model import Attachment, Summary, adapters_disabled, attach, attachment, check_methods, describe, detach
+from peftkit.methods.on_model import (
+    Attachment,
+    Summary,
+    active_adapters,
+    adapters_disabled,
+    attach,
+    attachment,
+    check_methods,
+    delete_adapter,
+    describe,
+    detach,
+    set_adapter,
+)
 from peftkit.methods.qlora import QLoRA
 
 REGISTRY: dict[str, type[Method]] = {
@@ -63,13 +75,16 @@ __all__ = [
     "NEFTune",
     "QLoRA",
     "Summary",
+    "active_adapters",
     "adapters_disabled",
     "attach",
     "attachment",
     "check_methods",
+    "delete_adapter",
     "describe",
     "detach",
     "from_recipe",
     "method_name",
+    "set_adapter",
     "to_recipe",
 ]

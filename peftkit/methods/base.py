@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peftkit.config import Config
+from peftkit.layers import ADAPTER
 from peftkit.quant import Quantization
 
 Group = dict[str, Any]  # an optimizer group: name, role, params, lr, weight_decay
@@ -29,8 +30,8 @@ class Method(Config):
         """How the base is to be stored, or None for no wish."""
         return None
 
-    def attach(self, model: nn.Module) -> Handle | None:
-        """Changes the model in place; returns what undoes it, where restoring modules does not."""
+    def attach(self, model: nn.Module, adapter: str = ADAPTER) -> Handle | None:
+        """Changes the model in place, layers under the name `adapter`; returns what undoes it, where restoring modules does not."""
         return None
 
     def peft_config(self, targets: list[str], model: nn.Module) -> Any:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from peftkit.layers import DoRALinear, LoRALinear
 from peftkit.methods.lora import LoRA
 
 
 class DoRA(LoRA):
     """LoRA for the direction of every weight row, with its length trained as a magnitude of its own."""
 
-    layer: ClassVar[type[LoRALinear]] = DoRALinear
+    dora: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from peftkit.layers import LoRALinear, find_targets, is_linear, swap
+from peftkit.layers import ADAPTER, AdapterLayer, Spec, find_targets, is_linear, layer_class, share_inputs, swap
 from peftkit.methods.base import Handle, Method
 
 
@@ -16,7 +16,7 @@ class LoRA(Method):
     """Adds a trained low-rank product to frozen linears: y = x W^T + b + s x A^T B^T."""
 
     swaps_layers: ClassVar[bool] = True
-    layer: ClassVar[type[LoRALinear]] = LoRALinear
+    dora: ClassVar[bool] = False
 
     r: int = Field(8, gt=0)
     """Rank of the update."""
@@ -35,9 +35,21 @@ class LoRA(Method):
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def attach(self, model: nn.Module) -> Handle | None:
+    def spec(self, name: str) -> Spec:
+        """The update on the module `name`."""
+        return Spec(self.r, self.scale, self.dropout, dora=self.dora)
+
+    def attach(self, model: nn.Module, adapter: str = ADAPTER) -> Handle | None:
         for name, module in find_targets(model, self.target_modules, self.exclude_modules).items():
-            swap(model, name, self.layer(module, self.r, self.scale, self.dropout))
+            if isinstance(module, AdapterLayer):
+                module.add(adapter, self.spec(name))
+                continue
+            kind = layer_class(module)
+            assert kind is not None
+            layer = kind(module)
+            layer.add(adapter, self.spec(name))
+            swap(model, name, layer)
+        share_inputs(model)
         return None
 
     def peft_config(self, targets: list[str], model: nn.Module) -> Any:
@@ -55,7 +67,7 @@ class LoRA(Method):
             lora_dropout=self.dropout,
             target_modules=endings if exact else sorted(targets),
             use_rslora=self.rslora,
-            use_dora=self.layer is not LoRALinear,
+            use_dora=self.dora,
             fan_in_fan_out=any(isinstance(getattr(model.get_submodule(n), "base_layer", None), Conv1D) for n in targets),
             task_type=TaskType.CAUSAL_LM if causal else None,
             base_model_name_or_path=getattr(model, "name_or_path", None),

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from peftkit.layers import ADAPTER
 from peftkit.methods.base import Handle, Method
 
 
@@ -26,7 +27,7 @@ class NEFTune(Method):
     seed: int | None = None
     """Seed of the noise's own generator; by default drawn from torch's, so that train.seed covers it."""
 
-    def attach(self, model: nn.Module) -> Handle | None:
+    def attach(self, model: nn.Module, adapter: str = ADAPTER) -> Handle | None:
         getter = getattr(model, "get_input_embeddings", None)
         embedding = getter() if getter else None
         if embedding is None:

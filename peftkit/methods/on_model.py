@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from peftkit import quant
-from peftkit.config import ConfigError
-from peftkit.layers import ADAPTER, AdapterLayer, adapter_layers, output_head, swap, trainable_parameters, unadapted_3d
+from peftkit.config import ConfigError, suggest
+from peftkit.layers import ADAPTER, AdapterLayer, adapter_layers, output_head, share_inputs, swap, trainable_parameters, unadapted_3d
 from peftkit.methods.base import Group, Handle, Method
 
 _ATTRIBUTE = "_peftkit"
@@ -20,11 +20,16 @@ _ATTRIBUTE = "_peftkit"
 
 @dataclass
 class Attachment:
-    """What `attach` left on a model: the methods, their handles, and what trained before."""
+    """What `attach` left on a model: the methods of every adapter, their handles, and what trained before."""
 
-    methods: list[Method]
+    by_adapter: dict[str, list[Method]] = field(default_factory=dict)
     handles: dict[str, Handle] = field(default_factory=dict)
     trained_before: list[str] = field(default_factory=list)
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods of all adapters."""
+        return [method for methods in self.by_adapter.values() for method in methods]
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -48,35 +53,118 @@ def check_methods(methods: Sequence[Method]) -> None:
         raise ConfigError(f"{repeated[0]} stands twice in the list of methods; keep one")
 
 
-def attach(model: nn.Module, methods: Method | Sequence[Method]) -> Summary:
+def attach(model: nn.Module, methods: Method | Sequence[Method], adapter: str = ADAPTER) -> Summary:
     """Adapts `model` in place with one method or a list of them, and freezes all else. Returns what was done.
 
     The model keeps its class; `generate`, `save_pretrained`, transformers' Trainer and trl's SFTTrainer work on as before.
-    Raises ValueError where a target matches nothing or the model already has adapters (the model is then as it was).
+    A model that has adapters takes another one under another name; `set_adapter` then chooses between them.
+    Raises ValueError where a target matches nothing or the adapter is there already (the model is then as it was).
     """
     methods = [methods] if isinstance(methods, Method) else list(methods)
     check_methods(methods)
-    if vars(model).get(_ATTRIBUTE) is not None or adapter_layers(model):
-        raise ValueError("this model already has adapters; peftkit.detach or peftkit.merge them first")
-    if getattr(model, "peft_config", None):
+    found = vars(model).get(_ATTRIBUTE)
+    if getattr(model, "peft_config", None) and found is None:
         raise ValueError("this model already has peft adapters; unload or merge them first")
+    if found is None and adapter_layers(model):
+        raise ValueError("this model already has adapters; peftkit.detach or peftkit.merge them first")
+    if found is not None:
+        return _attach_another(model, methods, adapter)
     quant.protect(model)
-    record = Attachment(methods, trained_before=[name for name, p in model.named_parameters() if p.requires_grad])
+    record = Attachment({adapter: methods}, trained_before=[name for name, p in model.named_parameters() if p.requires_grad])
     setattr(model, _ATTRIBUTE, record)
     try:
         model.requires_grad_(False)
         for method in methods:
-            handle = method.attach(model)
+            handle = method.attach(model, adapter)
             if handle is not None:
                 record.handles[type(method).__name__] = handle
-        _open_doors(model, methods)
+        _open_doors(model, methods, adapter)
         return describe(model)
     except BaseException:
         detach(model)
         raise
 
 
-def _open_doors(model: Any, methods: Sequence[Method]) -> None:
+def _attach_another(model: nn.Module, methods: list[Method], adapter: str) -> Summary:
+    record = attachment(model)
+    if adapter in record.by_adapter:
+        raise ValueError(
+            f"this model already has adapters, one of them named {adapter!r}; attach under another name (adapter=...), or peftkit.detach, "
+            "peftkit.merge or peftkit.delete_adapter it first"
+        )
+    if "/" in adapter or "." in adapter or not adapter:
+        raise ValueError(f"an adapter's name is part of parameter and file names: {adapter!r} must not be empty or hold '.' or '/'")
+    lasting = [type(method).__name__ for method in methods if type(method).__name__ in record.handles]
+    if lasting:
+        raise ValueError(f"{lasting[0]} is on this model already and acts whichever adapter is active; leave it out here")
+    active = active_adapters(model)
+    record.by_adapter[adapter] = methods
+    try:
+        for method in methods:
+            handle = method.attach(model, adapter)
+            if handle is not None:
+                record.handles[type(method).__name__] = handle
+        _open_doors(model, methods, adapter)
+        set_adapter(model, active)
+        return describe(model)
+    except BaseException:
+        delete_adapter(model, adapter)
+        raise
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that apply."""
+    active = {name for layer in adapter_layers(model).values() if layer.enabled for name in layer.active}
+    return [name for name in attachment(model).by_adapter if name in active]
+
+
+def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
+    """Chooses the adapters that apply and train: one, several (their updates are summed), or none (an empty list).
+
+    Raises ValueError for an unknown name, with the known ones, and where a DoRA adapter would be stacked.
+    """
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    record = attachment(model)
+    for name in names:
+        if name not in record.by_adapter:
+            raise ValueError(f"unknown adapter {name!r}{suggest(name, record.by_adapter)} (there are: {', '.join(record.by_adapter)})")
+    layers = adapter_layers(model)
+    before = {name: layer.active for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.set_adapter([name for name in names if name in layer.specs])
+    except BaseException:
+        for name, layer in layers.items():
+            layer.set_adapter(before[name])
+        raise
+
+
+def delete_adapter(model: nn.Module, adapter: str) -> None:
+    """Takes one adapter off, its parameters included; a module that has no other is the plain one again.
+
+    Raises ValueError for an unknown name. Without the last adapter the model is the base, as after `detach`.
+    """
+    record = attachment(model)
+    if adapter not in record.by_adapter:
+        raise ValueError(f"unknown adapter {adapter!r}{suggest(adapter, record.by_adapter)} (there are: {', '.join(record.by_adapter)})")
+    if len(record.by_adapter) == 1:
+        detach(model)
+        return
+    for name, layer in adapter_layers(model).items():
+        if adapter in layer.specs:
+            layer.delete(adapter)
+        if not layer.specs:
+            swap(model, name, layer.base_layer)
+    share_inputs(model)
+    kept = {type(method).__name__ for name, methods in record.by_adapter.items() if name != adapter for method in methods}
+    del record.by_adapter[adapter]
+    for name in [name for name in record.handles if name not in kept]:
+        record.handles.pop(name).remove()
+    if isinstance(getattr(model, "peft_config", None), dict):
+        model.peft_config.pop(adapter, None)  # type: ignore[union-attr, operator]
+
+
+def _open_doors(model: Any, methods: Sequence[Method], adapter: str) -> None:
     """Makes the model known to transformers as one that carries adapters.
 
     Trainer and SFTTrainer train a quantised model only where `_hf_peft_config_loaded` is set; `save_pretrained` then asks
@@ -88,7 +176,9 @@ def _open_doors(model: Any, methods: Sequence[Method]) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     BaseTunerLayer.register(AdapterLayer)  # type: ignore[type-abstract]
-    model.peft_config = {ADAPTER: swapping[0].peft_config(sorted(adapter_layers(model)), model)}
+    targets = sorted(name for name, layer in adapter_layers(model).items() if adapter in layer.specs)
+    configs = vars(model).get("peft_config") or {}
+    model.peft_config = configs | {adapter: swapping[0].peft_config(targets, model)}
     model._hf_peft_config_loaded = True
 
 
@@ -135,6 +225,9 @@ class Summary:
     """What was adapted, what trains, what it costs."""
 
     methods: list[str]
+    """Of the active adapters."""
+    adapters: dict[str, bool]
+    """Name of the adapter -> whether it is active."""
     modules: dict[str, int]
     """Name ending of the adapted linears -> how many of them."""
     trainable: dict[str, int]
@@ -161,6 +254,8 @@ class Summary:
             f"adapted    {sum(self.modules.values())} linears: {modules}" + (f" ({self.quantized} of the model's linears quantised)" if self.quantized else ""),
             f"trains     {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2f}%): {roles}",
         ]  # fmt: skip
+        if len(self.adapters) > 1:
+            lines.append("adapters   " + ", ".join(f"{name}{' (active)' if active else ''}" for name, active in self.adapters.items()))
         return "\n".join(lines + [f"left out   {note}" for note in self.left_out])
 
 
@@ -172,9 +267,11 @@ def describe(model: nn.Module) -> Summary:
     for _, role, parameter in trainable_parameters(model):
         trainable[role] += parameter.numel()
     groups: list[Group] = [{"role": role, "params": [], "lr": 1.0, "weight_decay": 0.0} for role in trainable]
-    for method in record.methods:
+    active = active_adapters(model) or list(record.by_adapter)
+    methods = [method for adapter in active for method in record.by_adapter[adapter]]
+    for method in methods:
         groups = method.param_groups(groups)
-    own = {id(parameter) for layer in layers.values() for _, parameter in layer.role_parameters().values()}
+    own = {id(trained.parameter) for layer in layers.values() for adapter in layer.specs for trained in layer.role_parameters(adapter)}
     total = sum(_stands_for(parameter) for parameter in model.parameters() if id(parameter) not in own)
     left_out = []
     head = output_head(model)
@@ -185,7 +282,8 @@ def describe(model: nn.Module) -> Summary:
     if experts:
         left_out.append(f"{len(experts)} expert tensors of {sum(experts.values()):,} bytes, such as {next(iter(experts))}: neither adapted nor quantised")
     return Summary(
-        methods=[type(method).__name__ for method in record.methods],
+        methods=[type(method).__name__ for method in methods],
+        adapters={adapter: adapter in active for adapter in record.by_adapter},
         modules=dict(Counter(name.rsplit(".", 1)[-1] for name in layers)),
         trainable=dict(trainable),
         total_parameters=total,

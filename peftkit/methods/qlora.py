@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from peftkit import quant
+from peftkit.layers import ADAPTER
 from peftkit.methods.base import Handle
 from peftkit.methods.lora import LoRA
 
@@ -19,7 +20,7 @@ class QLoRA(LoRA):
     def quantize(self) -> quant.Quantization | None:
         return "nf4"
 
-    def attach(self, model: nn.Module) -> Handle | None:
+    def attach(self, model: nn.Module, adapter: str = ADAPTER) -> Handle | None:
         if not any(quant.is_4bit(module) for module in model.modules()):
             raise ValueError("qlora needs a base in 4 bits and this model has no 4-bit layer; load it with quantize='nf4', or use lora on the base as it is")
-        return super().attach(model)
+        return super().attach(model, adapter)

@@ -1,0 +1,184 @@
+"""What every adapter layer is: a frozen module with named adapters beside it.
+
+Parameters are named as peft names them (`lora_A.default.weight`, ...), so that whoever asks transformers for the
+adapter's state gets what it expects.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ADAPTER = "default"  # the name of the first adapter, peft's default
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The shape of one low-rank update: y += scale * d(x) A^T B^T, with A (r, in) and B (out, r)."""
+
+    r: int
+    scale: float
+    dropout: float = 0.0
+    dora: bool = False
+    """Whether the row lengths of W + s B A are trained as a magnitude of their own."""
+
+
+class Trained(NamedTuple):
+    """A trainable parameter of an adapter layer."""
+
+    role: str
+    """A, B, magnitude, bias, tokens or full."""
+    name: str
+    """Its name within the layer, as in named_parameters."""
+    key: str
+    """Its key within the layer in peft's adapter files."""
+    parameter: nn.Parameter
+
+
+class RoleParameter(NamedTuple):
+    """A trainable parameter of a model, with its full name and its role."""
+
+    name: str
+    role: str
+    parameter: nn.Parameter
+
+
+class Factor(nn.Module):
+    """Holds one trainable tensor as `.weight`; a module of its own only for the sake of its name."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def held(factors: nn.ModuleDict, adapter: str) -> nn.Parameter:
+    """The tensor of one adapter in a dict of factors."""
+    factor = factors[adapter]
+    assert isinstance(factor, Factor)
+    return factor.weight
+
+
+class AdapterLayer(nn.Module, ABC):
+    """A frozen module with named adapters beside it. Contract, in eval mode: forward is that of `merged()`.
+
+    The adapters in `active` apply, their updates summed. What the surrounding model reads off the module (`weight`,
+    `bias`, `in_features`, ...) it reads off the frozen one.
+    """
+
+    in_all_linear: ClassVar[bool] = False
+    """Whether target_modules="all-linear" adapts the modules that this kind stands for."""
+
+    base_layer: Any  # a module of one of several libraries
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.specs: dict[str, Any] = {}
+        self.active: list[str] = []
+        self.enabled = True
+        self.train(base_layer.training)
+
+    @classmethod
+    @abstractmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        """Whether this kind of layer can be put around the module."""
+
+    @abstractmethod
+    def add(self, adapter: str, spec: Any) -> None:
+        """Puts a fresh adapter in. It is active if it is the first; the outputs do not change."""
+
+    def delete(self, adapter: str) -> None:
+        """Takes an adapter and its parameters out. Raises ValueError where there is none of this name."""
+        self._known([adapter])
+        del self.specs[adapter]
+        self.active = [name for name in self.active if name != adapter]
+        for child in self.children():
+            if isinstance(child, (nn.ModuleDict, nn.ParameterDict)) and adapter in child:
+                del child[adapter]
+
+    @abstractmethod
+    def role_parameters(self, adapter: str = ADAPTER) -> list[Trained]:
+        """All that one adapter trains here."""
+
+    @abstractmethod
+    def merged_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The weight of the plain module that computes the same, in the base's compute dtype.
+
+        `weight` stands in for the frozen weight, e.g. the original 16-bit one of a quantised base.
+        """
+
+    @abstractmethod
+    def merged(self, weight: Tensor | None = None) -> nn.Module:
+        """The plain module that computes the same; its frozen parts are the base's own."""
+
+    def _registered(self, adapter: str, spec: Any) -> None:
+        if adapter in self.specs:
+            raise ValueError(f"there is an adapter {adapter!r} already")
+        self.specs[adapter] = spec
+        if len(self.specs) == 1:
+            self.active = [adapter]
+
+    def _known(self, adapters: Sequence[str]) -> None:
+        for adapter in adapters:
+            if adapter not in self.specs:
+                raise ValueError(f"unknown adapter {adapter!r}; there is {', '.join(map(repr, self.specs)) or 'none'}")
+
+    # transformers reaches adapter layers through these (`disable_adapters`, `set_adapter`, `save_pretrained`, ...).
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.active
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters the active ones: they apply, summed, and train (unless `inference_mode`); others rest."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(names)
+        self.active = names
+        for adapter in self.specs:
+            for trained in self.role_parameters(adapter):
+                trained.parameter.requires_grad_(adapter in names and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.delete(adapter_name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Every adapter layer of the model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[RoleParameter]:
+    """All that trains, with its role; what belongs to no adapter layer has the role "full"."""
+    declared = {
+        f"{name}.{trained.name}": trained.role
+        for name, layer in adapter_layers(model).items()
+        for adapter in layer.specs
+        for trained in layer.role_parameters(adapter)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield RoleParameter(name, declared.get(name, "full"), parameter)
+
+
+def master_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of what trains beside `weight`: fp32, or fp64 beside fp64."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

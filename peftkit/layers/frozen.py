@@ -1,0 +1,63 @@
+"""The frozen modules under adapter layers, seen alike whether plain, transposed or quantised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftkit import quant
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear that is called as one.
+
+    nn.MultiheadAttention reads the weight of its output projection and never calls the module: an adapter there would be
+    passed by in silence.
+    """
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def features(module: Any) -> tuple[int, int]:
+    """(in, out) of a linear."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features
+
+
+def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """W (out, in) of a linear: a view of a plain weight, a new tensor for a quantised one."""
+    if quant.is_quantized(module):
+        return quant.dequantize(module, dtype)
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    return weight if dtype is None else weight.to(dtype)
+
+
+def plain_linear(module: Any, weight: Tensor) -> nn.Module:
+    """The plain module with this weight (out, in) and the bias of `module`: itself with a new weight, an nn.Linear for a quantised one."""
+    if not quant.is_quantized(module):
+        module.weight = nn.Parameter(weight.T.contiguous() if isinstance(module, Conv1D) else weight, requires_grad=False)
+        return module
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        plain.bias = nn.Parameter(module.bias.detach().to(weight.dtype), requires_grad=False)
+    return plain.train(module.training)
+
+
+def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
+    """The dtype in which this linear multiplies `x`: autocast's, a 4-bit layer's own, or that of the input."""
+    if x.dtype == torch.float64:
+        return x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    if quant.is_4bit(module) and module.compute_dtype is not None:
+        return module.compute_dtype
+    return x.dtype
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """|W|^2 of every row of W (out, in), fp64 (out,)."""
+    return weight.detach().double().square().sum(1)

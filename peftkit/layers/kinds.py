@@ -1,0 +1,15 @@
+"""The kinds of adapter layers: which one stands for which module. A new kind is one file and one line here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftkit.layers.base import AdapterLayer
+from peftkit.layers.linear import LoRALinear
+
+LAYERS: list[type[AdapterLayer]] = [LoRALinear]
+
+
+def layer_class(module: nn.Module) -> type[AdapterLayer] | None:
+    """The kind of adapter layer that can stand for this frozen module, None where there is none."""
+    return next((kind for kind in LAYERS if kind.stands_for(module)), None)

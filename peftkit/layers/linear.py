@@ -1,0 +1,295 @@
+"""LoRA and DoRA for linears: nn.Linear, GPT-2's Conv1D, and bitsandbytes' 4-bit and 8-bit linears."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftkit import quant
+from peftkit.kernels import composed, dora_norm, down, fingerprint, gain_of, up
+from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype
+from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares
+
+
+class LoRALinear(AdapterLayer):
+    """y = x W^T + b + s d(x) A^T B^T                                   (Hu et al. 2021, arXiv 2106.09685)
+    y = g * (x W^T + s d(x) A^T B^T) + b,  g = m / |W + s B A|_row      (DoRA, Liu et al. 2024, arXiv 2402.09353)
+
+    x (..., in), y (..., out), A (r, in) uniform, B (out, r) zero, m (out,); d is dropout, in training only. A, B and m are
+    fp32 (fp64 on an fp64 base); products run in the dtype of the base's. m starts as the row norms of W, of the
+    dequantised one on a quantised base; the norm is a constant for the gradient. With dropout, the dropped x enters the
+    low-rank product only: DoRA's reference drops it in x W^T too, which would take a second product with the base.
+
+    Several active LoRA adapters are one of the summed rank; DoRA, which scales whole rows, is active alone.
+    """
+
+    in_all_linear = True
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.lora_A, self.lora_B, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.starts: dict[str, tuple[Tensor, Tensor]] = {}  # A and B that an initialisation takes off again, so that step 0 is the base
+        self.shared: SharedInput | None = None
+        self._squares: tuple[Any, Tensor] | None = None
+        self._norm: tuple[Any, Tensor] | None = None
+
+    @classmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        return is_linear(module)
+
+    def add(self, adapter: str, spec: Spec) -> None:
+        inputs, outputs = features(self.base_layer)
+        weight = self.base_layer.weight
+        dtype = master_dtype(weight)
+        bound = 1 / math.sqrt(inputs)
+        self._registered(adapter, spec)
+        # Drawn on the CPU: the same seed gives the same adapter on every device.
+        a = torch.empty(spec.r, inputs, dtype=dtype).uniform_(-bound, bound)
+        self.lora_A[adapter] = Factor(a.to(weight.device))
+        self.lora_B[adapter] = Factor(torch.zeros(outputs, spec.r, dtype=dtype, device=weight.device))
+        if spec.dora:
+            self.lora_magnitude_vector[adapter] = Factor(self.squares().sqrt().to(dtype))
+
+    def delete(self, adapter: str) -> None:
+        super().delete(adapter)
+        self.starts.pop(adapter, None)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(names)
+        if len(names) > 1 and any(self.specs[name].dora for name in names):
+            raise ValueError("a DoRA adapter scales whole rows of the weight and cannot be stacked with others; make it active alone, or merge it")
+        super().set_adapter(names, inference_mode)
+
+    def a(self, adapter: str = ADAPTER) -> nn.Parameter:
+        return held(self.lora_A, adapter)
+
+    def b(self, adapter: str = ADAPTER) -> nn.Parameter:
+        return held(self.lora_B, adapter)
+
+    def magnitude(self, adapter: str = ADAPTER) -> nn.Parameter:
+        return held(self.lora_magnitude_vector, adapter)
+
+    def role_parameters(self, adapter: str = ADAPTER) -> list[Trained]:
+        if adapter not in self.specs:
+            return []
+        found = [
+            Trained("A", f"lora_A.{adapter}.weight", "lora_A.weight", self.a(adapter)),
+            Trained("B", f"lora_B.{adapter}.weight", "lora_B.weight", self.b(adapter)),
+        ]
+        if self.specs[adapter].dora:
+            found.append(Trained("magnitude", f"lora_magnitude_vector.{adapter}.weight", "lora_magnitude_vector", self.magnitude(adapter)))
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.enabled and self.active):
+            return self.base_layer(x)
+        dtype = compute_dtype(self.base_layer, x)
+        if _needs_autograd(self.base_layer):
+            y = self._composed(x.to(dtype))
+        elif self.training and self.shared is not None:
+            y = self._up(*self.shared.take(self, x, dtype))
+        else:
+            through, (h,) = down(x.to(dtype), [self.factors()[0]], self.dropout())
+            y = self._up(through, h)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the active adapters side by side, every scale but the first one's folded into B."""
+        if len(self.active) == 1 and self.active[0] not in self.starts:
+            return self.a(self.active[0]), self.b(self.active[0])
+        a, b = [], []
+        for adapter in self.active:
+            relative = self.specs[adapter].scale / self.scale
+            a.append(self.a(adapter))
+            b.append(self.b(adapter) * relative)
+            if adapter in self.starts:
+                start_a, start_b = self.starts[adapter]
+                a.append(start_a.to(a[-1]))
+                b.append(-relative * start_b.to(b[-1]))
+        return torch.cat(a), torch.cat(b, 1)
+
+    @property
+    def scale(self) -> float:
+        return self.specs[self.active[0]].scale
+
+    @property
+    def dora(self) -> bool:
+        return self.specs[self.active[0]].dora
+
+    def dropout(self) -> float:
+        """The dropout of the active adapters, 0 outside training. Raises ValueError where stacked ones differ."""
+        rates = {self.specs[adapter].dropout for adapter in self.active}
+        if not self.training:
+            return 0.0
+        if len(rates) > 1:
+            raise ValueError(f"stacked adapters train with one dropout, and these have {sorted(rates)}")
+        return rates.pop()
+
+    def _up(self, x: Tensor, h: Tensor) -> Tensor:
+        base = self.base_layer
+        b = self.factors()[1]
+        plain = None if quant.is_quantized(base) else dense_weight(base)  # the tensor itself: the module may hold another in backward
+
+        def weight(dtype: torch.dtype) -> Tensor:
+            return dense_weight(base, dtype) if plain is None else plain.to(dtype)
+
+        if not self.dora:
+            return up(x, h, b, frozen=base, weight=weight, scale=self.scale, bias=base.bias, fuse=self.training)
+        dense = weight(x.dtype).detach()
+        magnitude = self.magnitude(self.active[0])
+        gain = gain_of(magnitude.detach(), self.norm(dense))
+        return up(
+            x, h, b, frozen=lambda flat: flat @ dense.T, weight=weight, scale=self.scale, magnitude=magnitude, bias=base.bias,
+            gain=gain, fuse=True,
+        )  # fmt: skip
+
+    def joins(self, other: LoRALinear, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether this layer would multiply `x` as `other` does."""
+        return (
+            self.enabled and self.training and bool(self.active) and self.dropout() == other.dropout() and self.a(self.active[0]).device == x.device
+            and features(self.base_layer)[0] == x.shape[-1] and compute_dtype(self.base_layer, x) == dtype and not _needs_autograd(self.base_layer)
+        )  # fmt: skip
+
+    def _composed(self, x: Tensor) -> Tensor:
+        a, b = self.factors()
+        if not self.dora:
+            return composed(x, a, b, frozen=self.base_layer, scale=self.scale, dropout=self.dropout())
+        weight = dense_weight(self.base_layer, x.dtype)
+        with torch.no_grad():
+            norm = dora_norm(weight, row_squares(dense_weight(self.base_layer)), a, b, self.scale)
+        return composed(
+            x, a, b, frozen=lambda x: F.linear(x, weight), scale=self.scale, dropout=self.dropout(), magnitude=self.magnitude(self.active[0]),
+            bias=self.base_layer.bias, norm=norm,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------ DoRA's norm
+
+    def squares(self) -> Tensor:
+        """|W|^2 by row (out,), fp32 at least; taken anew where the weight was replaced or written to."""
+        weight = self.base_layer.weight
+        key = (weight.data_ptr(), weight._version, weight.device)
+        if self._squares is None or self._squares[0] != key:
+            self._squares = (key, row_squares(dense_weight(self.base_layer)).to(master_dtype(weight)))
+        return self._squares[1]
+
+    @torch.no_grad()
+    def norm(self, weight: Tensor) -> Tensor:
+        """|W + s B A| by row (out,) of the active adapter; `weight` is W (out, in) in any precision.
+
+        On a CPU it is kept for as long as the bits of A and B stay, which are read for it: fused optimizers, bitsandbytes
+        and `.data` write without a trace.
+        """
+        a, b = self.factors()
+        squares = self.squares()
+        if a.device.type != "cpu":
+            return dora_norm(weight, squares, a, b, self.scale)
+        key = (self._squares and self._squares[0], self.scale, weight.dtype, *fingerprint(a, b))
+        if self._norm is None or self._norm[0] != key:
+            self._norm = (key, dora_norm(weight, squares, a, b, self.scale))
+        return self._norm[1]
+
+    # ----------------------------------------------------------------------------------------------------------- merging
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """s B A (out, in) of the active adapters, fp32 at least: trl's SFTTrainer makes the masters bf16 on a quantised base."""
+        a, b = self.factors()
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return self.scale * (b.to(dtype) @ a.to(dtype))
+
+    @torch.no_grad()
+    def merged_weight(self, weight: Tensor | None = None) -> Tensor:
+        weight = dense_weight(self.base_layer) if weight is None else weight
+        if not self.active:
+            return weight
+        delta = self.delta()
+        exact = weight.to(delta.dtype)
+        total = exact + delta
+        if self.dora:
+            norm = dora_norm(exact, row_squares(exact), *self.factors(), self.scale)
+            total *= gain_of(self.magnitude(self.active[0]), norm)[:, None]
+        return total.to(weight.dtype)
+
+    def merged(self, weight: Tensor | None = None) -> nn.Module:
+        return plain_linear(self.base_layer, self.merged_weight(weight))
+
+
+def _needs_autograd(base: Any) -> bool:
+    """Whether the fused nodes cannot serve: under torch.compile, or where the base weight trains itself."""
+    return torch.compiler.is_compiling() or base.weight.requires_grad
+
+
+class SharedInput:
+    """Layers that are given the same tensor (q, k, v; gate, up): their A's are multiplied with it in one product.
+
+    The first layer that is called with a tensor takes the product for all; each other takes its part when it is called
+    with the same tensor. Layers that turn out to be given another one cost a product that is not used, no more.
+    """
+
+    def __init__(self, layers: Sequence[LoRALinear]):
+        self.layers = list(layers)
+        self._forget()
+
+    def _forget(self, _: Tensor | None = None) -> None:
+        self.source: tuple[weakref.ref[Tensor], int] | None = None
+        self.through: Tensor | None = None
+        self.products: dict[int, tuple[int, Tensor]] = {}
+
+    def take(self, layer: LoRALinear, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(x as `up` takes it, h (tokens, r)) for one of the layers."""
+        known = self.source is not None and self.source[0]() is x and self.source[1] == _version(x)
+        if not known or self.products.get(id(layer), (None,))[0] != _version(layer.a(layer.active[0])):
+            self._multiply(layer, x, dtype)
+        through, (_, h) = self.through, self.products.pop(id(layer))
+        assert through is not None
+        if not self.products:
+            self._forget()
+        return through, h
+
+    def _multiply(self, layer: LoRALinear, x: Tensor, dtype: torch.dtype) -> None:
+        dropout = layer.dropout()
+        together = [other for other in self.layers if other is layer or other.joins(layer, x, dtype)] if layer in self.layers else [layer]
+        self.through, products = down(x.to(dtype), [other.factors()[0] for other in together], dropout)
+        self.source = weakref.ref(x), _version(x)
+        self.products = {id(other): (_version(other.a(other.active[0])), h) for other, h in zip(together, products, strict=True)}
+        h = self.products[id(layer)][1]
+        if h.requires_grad:
+            h.register_hook(self._forget)  # what follows a backward may be an optimizer step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layers = state["layers"]
+        self._forget()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("query_proj", "key_proj", "value_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3"),
+)  # fmt: skip
+_CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention")  # q sees the decoder, k and v the encoder
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Lets adapter layers that stand beside each other under names known for one input share the product with it."""
+    for name, parent in model.named_modules():
+        for names in SIBLINGS:
+            names = names[1:] if name.rsplit(".", 1)[-1] in _CROSS else names
+            layers = [layer for child in names if isinstance(layer := getattr(parent, child, None), LoRALinear)]
+            shared = SharedInput(layers) if len(layers) > 1 else None
+            for layer in layers:
+                layer.shared = shared

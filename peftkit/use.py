@@ -1,4 +1,4 @@
-"""What one does with a trained adapter: answer, score, merge. The adapter's run folder says what base it belongs to."""
+"""What one does with trained adapters: answer, score, merge, average. The adapter's run folder says what base it belongs to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from peftkit import evaluate
+from peftkit.average import AverageReport, average
 from peftkit.checkpoint import CONFIG_FILE, load_adapter
 from peftkit.config import ConfigError, read_yaml, suggest, validate
 from peftkit.layers import adapter_layers, dense_weight
@@ -114,7 +115,8 @@ def merge_to(adapter: str, output: str, model: str | None, quantize: str | None,
         raise ConfigError(f"--onto: unknown {onto!r}{suggest(onto, ('trained', 'original'))} (there are: trained, original)")
     target = Path(output)
     if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{output} exists and is not empty; give a new folder")
+        hint = "; to average adapters, name the output with --output" if (target / CONFIG_FILE).exists() else ""
+        raise ConfigError(f"{output} exists and is not empty; give a new folder{hint}")
     origin = find_origin(adapter, model, quantize)
     adapted, tokenizer = load_adapted(origin)
     originals = None
@@ -132,3 +134,14 @@ def merge_to(adapter: str, output: str, model: str | None, quantize: str | None,
         if not torch.equal(again.eval()(input_ids=ids).logits, adapted(input_ids=ids).logits):
             raise RuntimeError(f"the model read back from {output} differs from the one in memory")
     return check
+
+
+def average_to(adapters: list[str], output: str, options: dict[str, Any], console: Console) -> AverageReport:
+    """Averages adapters with the options as the command line has them: weights are a text such as "0.5,-1"."""
+    text, weights = options.get("weights"), None
+    if text is not None:
+        try:
+            weights = [float(part) for part in text.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--weights: {text!r} is no list of numbers such as 0.5,0.3,0.2") from error
+    return average(adapters, weights, output, console=console, **{name: value for name, value in options.items() if name != "weights"})

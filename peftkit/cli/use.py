@@ -39,15 +39,38 @@ def generate(prompt: Annotated[str, typer.Argument(help="The user's message (or 
         console.print(Text(f"{who}:", style="bold"), Text(answer), soft_wrap=True)
 
 
-def merge(adapter: Annotated[str, typer.Argument(help="A run folder or an adapter folder.")],
-          output: Annotated[str, typer.Argument(help="The folder for the merged model.")],
+def merge(adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Run folders or adapter folders.")],
+          output: Annotated[str | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
           model: Model = None, quantize: Quantize = None,
-          onto: Annotated[str, typer.Option(help="trained: the weights it was trained on, dequantised; original: the unquantised weights.")] = "trained",
+          onto: Annotated[str | None, typer.Option(help="trained (the default: the weights it was trained on, dequantised) or original "
+                                                        "(the unquantised weights).")] = None,
+          weights: Annotated[str | None, typer.Option(rich_help_panel="Averaging", help="One number each: 0.5,0.3,0.2 or 1,-1; by default 1/n.")] = None,
+          rank: Annotated[int | None, typer.Option(rich_help_panel="Averaging", min=1, help="Of the result; by default the sum of the ranks.")] = None,
+          method: Annotated[str | None, typer.Option(rich_help_panel="Averaging", help="linear (the default), ties or dare.")] = None,
+          density: Annotated[float | None, typer.Option(rich_help_panel="Averaging", help="Share of entries that ties (0.2) or dare (0.5) keeps.")] = None,
+          seed: Annotated[int | None, typer.Option(rich_help_panel="Averaging", help="Of what dare drops; by default 0.")] = None,
           ) -> None:  # fmt: skip
-    """Fold an adapter into its base: a plain model folder, checked against the adapted model."""
-    from peftkit.cli.common import quiet_libraries, stdout
-    from peftkit.use import merge_to
+    """Fold one adapter into its base, or average several into one adapter.
 
+    peftkit merge ADAPTER OUTPUT, or ADAPTER --output OUTPUT: a plain model folder, checked against the adapted model.
+
+    peftkit merge ADAPTER ADAPTER... --output OUTPUT: an adapter folder whose update is the weighted sum of the updates. One adapter with any of
+    the averaging options is scaled or brought to a lower rank.
+    """
+    from peftkit.cli.common import quiet_libraries, stderr, stdout
+    from peftkit.config import ConfigError
+    from peftkit.use import average_to, merge_to
+
+    options = {"weights": weights, "rank": rank, "method": method, "density": density, "seed": seed}
+    averaging = {name: value for name, value in options.items() if value is not None}
+    if output is None and len(adapters) == 2 and not averaging:
+        [*adapters, output] = adapters
+    if output is None:
+        raise ConfigError("no folder to write: give --output FOLDER")
+    average = len(adapters) > 1 or bool(averaging)
+    for name, value in {"--model": model, "--quantize": quantize, "--onto": onto}.items():
+        if average and value is not None:
+            raise ConfigError(f"{name} belongs to merging one adapter into its base; averaging needs no base")
     quiet_libraries()
-    check = merge_to(adapter, output, model, quantize, onto)
-    stdout().print(f"{check}\nmerged model: {output}", highlight=False, soft_wrap=True)
+    done = average_to(adapters, output, averaging, stderr()) if average else merge_to(adapters[0], output, model, quantize, onto or "trained")
+    stdout().print(f"{done}\n{'averaged adapter' if average else 'merged model'}: {output}", highlight=False, soft_wrap=True)

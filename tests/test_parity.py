@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import quantized_llama, tiny_gpt2, tiny_llama, wake
+from conftest import clone, quantized_llama, tiny_gpt2, tiny_llama, wake
 from peft import LoraConfig, get_peft_model
 
 import peftkit as pk
 from peftkit.layers import adapter_layers
+from peftkit.quant import quantized_modules
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -33,7 +34,7 @@ def pair(model, dora: bool, targets, rslora: bool = False, conv1d: bool = False)
     reference = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, layer in adapter_layers(ours).items():
-            for _, local, _, parameter in layer.role_parameters():
+            for _, local, _, parameter, *_ in layer.role_parameters():
                 reference[f"base_model.model.{name}.{local}"].copy_(parameter)
     return ours, theirs
 
@@ -47,14 +48,22 @@ def step(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def assert_equal(ours, theirs, ids: torch.Tensor, tolerance: float) -> None:
+    """Equal to `tolerance`. Where two roundings drift further apart, ours must be of the size of peft's own against fp64."""
     ours.train(), theirs.train()
+    exact = None if ours.dtype == torch.float64 or quantized_modules(ours) else clone(ours).double()
     assert relative(step(ours, ids), step(theirs, ids)) <= tolerance
+    if exact is not None:
+        step(exact, ids)
     reference = dict(theirs.named_parameters())
     compared = 0
     for name, layer in adapter_layers(ours).items():
-        for role, local, _, parameter in layer.role_parameters():
+        for role, local, _, parameter, *_ in layer.role_parameters():
             theirs_grad = reference[f"base_model.model.{name}.{local}"].grad
-            assert relative(parameter.grad, theirs_grad) <= tolerance, (name, role)
+            near = relative(parameter.grad, theirs_grad) <= tolerance
+            if not near and exact is not None:
+                truth = exact.get_parameter(f"{name}.{local}").grad
+                near = relative(parameter.grad, truth) <= 3 * relative(theirs_grad, truth)
+            assert near, (name, role)
             compared += 1
     assert compared > 0
     merged_theirs = theirs.merge_and_unload()

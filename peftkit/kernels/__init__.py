@@ -1,5 +1,5 @@
 """The fused forward and backward of the adapter layers."""
 
-from peftkit.kernels.lowrank import composed, dora_norm, down, fingerprint, gain_of, scale_columns, up
+from peftkit.kernels.lowrank import composed, dora_norm, fingerprint, gain_of, linear, scale_columns, shared_down
 
-__all__ = ["composed", "dora_norm", "down", "fingerprint", "gain_of", "scale_columns", "up"]
+__all__ = ["composed", "dora_norm", "fingerprint", "gain_of", "linear", "scale_columns", "shared_down"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
         return quant.dequantize(module, dtype)
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     return weight if dtype is None else weight.to(dtype)
+
+
+def weight_reader(module: Any) -> Callable[[torch.dtype], Tensor]:
+    """Gives W (out, in) of a linear in any dtype, later too: a plain weight is remembered, since the module may hold another by then."""
+    if quant.is_quantized(module):
+        return lambda dtype: quant.dequantize(module, dtype)
+    weight = dense_weight(module)
+    return lambda dtype: weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def plain_linear(module: Any, weight: Tensor) -> nn.Module:

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftkit import quant
-from peftkit.kernels import composed, dora_norm, down, fingerprint, gain_of, up
+from peftkit.kernels import composed, dora_norm, fingerprint, gain_of, linear, shared_down
 from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype
-from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares
+from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares, weight_reader
 
 
 class LoRALinear(AdapterLayer):
@@ -68,13 +67,13 @@ class LoRALinear(AdapterLayer):
         super().set_adapter(names, inference_mode)
 
     def a(self, adapter: str = ADAPTER) -> nn.Parameter:
-        return held(self.lora_A, adapter)
+        return held(self, "lora_A", adapter)
 
     def b(self, adapter: str = ADAPTER) -> nn.Parameter:
-        return held(self.lora_B, adapter)
+        return held(self, "lora_B", adapter)
 
     def magnitude(self, adapter: str = ADAPTER) -> nn.Parameter:
-        return held(self.lora_magnitude_vector, adapter)
+        return held(self, "lora_magnitude_vector", adapter)
 
     def role_parameters(self, adapter: str = ADAPTER) -> list[Trained]:
         if adapter not in self.specs:
@@ -90,17 +89,18 @@ class LoRALinear(AdapterLayer):
     # ---------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor) -> Tensor:
+        base: Any = self._modules["base_layer"]
         if not (self.enabled and self.active):
-            return self.base_layer(x)
-        dtype = compute_dtype(self.base_layer, x)
-        if _needs_autograd(self.base_layer):
+            return base(x)
+        dtype = compute_dtype(base, x)
+        if _needs_autograd(base):
             y = self._composed(x.to(dtype))
-        elif self.training and self.shared is not None:
-            y = self._up(*self.shared.take(self, x, dtype))
+        elif self.shared is not None and self.training:
+            through, h = self.shared.take(self, x, dtype)
+            y = self._fused(base, through, h=h)
         else:
-            through, (h,) = down(x.to(dtype), [self.factors()[0]], self.dropout())
-            y = self._up(through, h)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+            y = self._fused(base, x.to(dtype), a=self.factors()[0], dropout=self.dropout())
+        return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of the active adapters side by side, every scale but the first one's folded into B."""
@@ -127,36 +127,22 @@ class LoRALinear(AdapterLayer):
 
     def dropout(self) -> float:
         """The dropout of the active adapters, 0 outside training. Raises ValueError where stacked ones differ."""
-        rates = {self.specs[adapter].dropout for adapter in self.active}
         if not self.training:
             return 0.0
-        if len(rates) > 1:
-            raise ValueError(f"stacked adapters train with one dropout, and these have {sorted(rates)}")
-        return rates.pop()
+        rate = self.specs[self.active[0]].dropout
+        if len(self.active) > 1 and any(self.specs[adapter].dropout != rate for adapter in self.active):
+            raise ValueError(f"stacked adapters train with one dropout, and {', '.join(self.active)} have several")
+        return rate
 
-    def _up(self, x: Tensor, h: Tensor) -> Tensor:
-        base = self.base_layer
+    def _fused(self, base: Any, x: Tensor, **product: Any) -> Tensor:
         b = self.factors()[1]
-        plain = None if quant.is_quantized(base) else dense_weight(base)  # the tensor itself: the module may hold another in backward
-
-        def weight(dtype: torch.dtype) -> Tensor:
-            return dense_weight(base, dtype) if plain is None else plain.to(dtype)
-
+        weight = weight_reader(base)
         if not self.dora:
-            return up(x, h, b, frozen=base, weight=weight, scale=self.scale, bias=base.bias, fuse=self.training)
+            return linear(x, b, frozen=base, weight=weight, scale=self.scale, bias=base.bias, fuse=self.training, **product)
         dense = weight(x.dtype).detach()
-        magnitude = self.magnitude(self.active[0])
-        gain = gain_of(magnitude.detach(), self.norm(dense))
-        return up(
-            x, h, b, frozen=lambda flat: flat @ dense.T, weight=weight, scale=self.scale, magnitude=magnitude, bias=base.bias,
-            gain=gain, fuse=True,
-        )  # fmt: skip
-
-    def joins(self, other: LoRALinear, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether this layer would multiply `x` as `other` does."""
-        return (
-            self.enabled and self.training and bool(self.active) and self.dropout() == other.dropout() and self.a(self.active[0]).device == x.device
-            and features(self.base_layer)[0] == x.shape[-1] and compute_dtype(self.base_layer, x) == dtype and not _needs_autograd(self.base_layer)
+        return linear(
+            x, b, frozen=lambda flat: flat @ dense.T, weight=weight, scale=self.scale, magnitude=self.magnitude(self.active[0]), bias=base.bias,
+            norm=self.norm(dense), **product,
         )  # fmt: skip
 
     def _composed(self, x: Tensor) -> Tensor:
@@ -192,7 +178,7 @@ class LoRALinear(AdapterLayer):
         squares = self.squares()
         if a.device.type != "cpu":
             return dora_norm(weight, squares, a, b, self.scale)
-        key = (self._squares and self._squares[0], self.scale, weight.dtype, *fingerprint(a, b))
+        key = (self._squares and self._squares[0], self.scale, weight.dtype, a.dtype, fingerprint(a, b))
         if self._norm is None or self._norm[0] != key:
             self._norm = (key, dora_norm(weight, squares, a, b, self.scale))
         return self._norm[1]
@@ -224,8 +210,8 @@ class LoRALinear(AdapterLayer):
 
 
 def _needs_autograd(base: Any) -> bool:
-    """Whether the fused nodes cannot serve: under torch.compile, or where the base weight trains itself."""
-    return torch.compiler.is_compiling() or base.weight.requires_grad
+    """Whether the fused nodes cannot serve: under torch.compile and torch.func, or where the base weight trains itself."""
+    return torch.compiler.is_compiling() or base.weight.requires_grad or torch._C._are_functorch_transforms_active()
 
 
 class SharedInput:
@@ -239,31 +225,34 @@ class SharedInput:
         self.layers = list(layers)
         self._forget()
 
-    def _forget(self, _: Tensor | None = None) -> None:
+    def _forget(self) -> None:
         self.source: tuple[weakref.ref[Tensor], int] | None = None
         self.through: Tensor | None = None
         self.products: dict[int, tuple[int, Tensor]] = {}
 
     def take(self, layer: LoRALinear, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(x as `up` takes it, h (tokens, r)) for one of the layers."""
+        """(x to go on with, h (tokens, r)) for one of the layers, x in `dtype`."""
+        found = self.products.pop(id(layer), None)
         known = self.source is not None and self.source[0]() is x and self.source[1] == _version(x)
-        if not known or self.products.get(id(layer), (None,))[0] != _version(layer.a(layer.active[0])):
-            self._multiply(layer, x, dtype)
-        through, (_, h) = self.through, self.products.pop(id(layer))
+        if found is None or not known or found[0] != _version(layer.a(layer.active[0])) or found[1].dtype != dtype:
+            found = self._multiply(layer, x, dtype)
+        through = self.through
         assert through is not None
         if not self.products:
             self._forget()
-        return through, h
+        return through, found[1]
 
-    def _multiply(self, layer: LoRALinear, x: Tensor, dtype: torch.dtype) -> None:
+    def _multiply(self, layer: LoRALinear, x: Tensor, dtype: torch.dtype) -> tuple[int, Tensor]:
         dropout = layer.dropout()
-        together = [other for other in self.layers if other is layer or other.joins(layer, x, dtype)] if layer in self.layers else [layer]
-        self.through, products = down(x.to(dtype), [other.factors()[0] for other in together], dropout)
+        together = [layer]
+        if any(other is layer for other in self.layers):  # else it is a copy, such as a replica on another device
+            together += [o for o in self.layers if o is not layer and o.enabled and o.training and o.active and o.dropout() == dropout]
+        # What follows a backward may be an optimizer step, so nothing stays beyond it.
+        self.through, products = shared_down(x.to(dtype), [other.factors()[0] for other in together], dropout, after=self._forget)
         self.source = weakref.ref(x), _version(x)
-        self.products = {id(other): (_version(other.a(other.active[0])), h) for other, h in zip(together, products, strict=True)}
-        h = self.products[id(layer)][1]
-        if h.requires_grad:
-            h.register_hook(self._forget)  # what follows a backward may be an optimizer step
+        taken, *left = [(_version(other.a(other.active[0])), h) for other, h in zip(together, products, strict=True)]
+        self.products = {id(other): found for other, found in zip(together[1:], left, strict=True)}
+        return taken
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}

@@ -1,0 +1,493 @@
+"""What the fused layers must work under: shared inputs, norms that are kept, transforms, checkpointing, several processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_llama, wake
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import peftkit as pk
+from peftkit.kernels import dora_norm, fingerprint, scale_columns
+from peftkit.kernels.lowrank import zero_at_random_
+from peftkit.layers import LoRALinear, SharedInput, adapter_layers, dense_weight, row_squares, trainable_parameters
+
+METHODS = {"lora": pk.LoRA, "dora": pk.DoRA}
+
+
+class Attention(nn.Module):
+    """Three linears on one input, one after them, and one on another input."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o_proj(torch.tanh(self.q_proj(x) * self.k_proj(x) + self.v_proj(x)))
+
+
+def adapted(method: str = "lora", dtype: torch.dtype = torch.float64, shared: bool = True, **options) -> Attention:
+    torch.manual_seed(0)
+    model = Attention().to(dtype)
+    pk.attach(model, METHODS[method](**{"r": 3, "alpha": 6} | options))
+    wake(model)
+    if not shared:
+        for layer in adapter_layers(model).values():
+            layer.shared = None
+    return model.train()
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 5) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: nn.Module, y: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y.square().sum(), [*inputs, *(p for _, _, p in trainable_parameters(model))]))
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-12) -> None:
+    assert len(ours) == len(theirs) > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+# -------------------------------------------------------------------------------------------------------- shared inputs
+
+
+def products(model: nn.Module, x: Tensor) -> int:
+    """How many nodes for a shared product stand in the graph."""
+    seen, stack = set(), [model(x).grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return sum("SharedDown" in type(node).__name__ for node in seen)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_product_for_layers_that_share_an_input_changes_nothing(method):
+    together, apart = adapted(method), adapted(method, shared=False)
+    x = tokens(2, 5, 16).requires_grad_()
+    assert products(together, x) == 1 and products(apart, x) == 0
+    assert_close([together(x), *gradients(together, together(x), x)], [apart(x), *gradients(apart, apart(x), x)])
+
+
+def test_the_shared_input_keeps_nothing_after_its_layers_ran():
+    model = adapted()
+    x = tokens(3, 16).requires_grad_()
+    model(x)
+    shared = model.q_proj.shared
+    assert shared is model.k_proj.shared and shared.source is None and shared.through is None and not shared.products
+    assert model.o_proj.shared is None
+
+
+def test_a_shared_product_is_never_taken_for_another_input_or_other_factors():
+    """The same tensor object with new content, new factors under the same input, after a backward, and out of order."""
+    model, alone = adapted(), adapted(shared=False)
+    x = tokens(3, 16)
+    model.q_proj(x), alone.q_proj(x)
+    x.mul_(2)  # in place: the same object
+    torch.testing.assert_close(model.k_proj(x), alone.k_proj(x))
+    for one in (model, alone):
+        one.q_proj(x)
+        with torch.no_grad():
+            one.v_proj.a().mul_(3)
+    torch.testing.assert_close(model.v_proj(x), alone.v_proj(x))
+    for one in (model, alone):
+        one.q_proj(x).sum().backward()
+        one.v_proj.a().data.mul_(0.5)  # as an optimizer that leaves no trace
+    torch.testing.assert_close(model.v_proj(x), alone.v_proj(x))
+    for one in (model, alone):
+        one.q_proj(x)
+    torch.testing.assert_close(model.q_proj(x), alone.q_proj(x))
+
+
+def test_layers_that_differ_do_not_share_what_differs():
+    """One off, one in eval, one of another dropout: each computes what it computes alone."""
+    model, alone = adapted(), adapted(shared=False)
+    for one in (model, alone):
+        one.k_proj.enable_adapters(False)
+        one.v_proj.eval()
+    x = tokens(3, 16).requires_grad_()
+    assert_close([model(x), x], [alone(x), x])
+
+
+def test_shared_masks_drop_the_same_elements_for_every_layer():
+    model = adapted(dropout=0.5)
+    x = torch.ones(400, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in (model.q_proj, model.k_proj):
+            layer.base_layer.weight.zero_(), layer.base_layer.bias.zero_()
+            layer.a().copy_(torch.ones(3, 16)), layer.b().copy_(torch.ones(16, 3))
+    assert torch.equal(model.q_proj(x), model.k_proj(x))
+    assert len(model.q_proj(x).unique()) > 5, "and not the same for every row"
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_of_their_own(how, tmp_path):
+    model = adapted()
+    x = tokens(3, 16)
+    model.q_proj(x)  # leaves a product for k and v
+    if how == "deepcopy":
+        copied = copy.deepcopy(model)
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        copied = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert copied.q_proj.shared is copied.k_proj.shared is not model.q_proj.shared
+    assert copied.q_proj.shared.layers[0] is copied.q_proj
+    torch.testing.assert_close(copied(x), model(x))
+    with torch.no_grad():
+        copied.q_proj.a().mul_(2)
+    assert not torch.allclose(copied(x), model(x))
+
+
+# -------------------------------------------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 0.95])
+def test_dropout_has_its_rate_and_the_places_are_independent(p):
+    n = 1_000_000
+    dropped = zero_at_random_(torch.ones(n), p, seed=3) == 0
+    error = (p * (1 - p) / n) ** 0.5
+    assert abs(dropped.double().mean().item() - p) <= 5 * error
+    both = (dropped[1:] & dropped[:-1]).double().mean().item()
+    assert abs(both - p * p) <= 5 * (p * p / n) ** 0.5 + 1e-9, "neighbours"
+    halves = dropped.view(2, -1).double().mean(1)
+    assert (halves - p).abs().max() <= 8 * error, "beginning and end"
+    assert torch.equal(zero_at_random_(torch.ones(n), p, seed=3) == 0, dropped) and not torch.equal(zero_at_random_(torch.ones(n), p, seed=4) == 0, dropped)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7])
+def test_dropout_of_next_to_nothing(size):
+    rates = [zero_at_random_(torch.ones(size), 0.5, seed).sum().item() for seed in range(400)]
+    assert abs(sum(rates) / 400 - size / 2) <= 0.25 * size
+
+
+# --------------------------------------------------------------------------------------------------- the norm that stays
+
+
+def norm_is_right(layer: LoRALinear) -> bool:
+    """Whether the layer's forward is that of the weight it would merge into."""
+    x = tokens(7, 16, dtype=layer.base_layer.weight.dtype)
+    with torch.no_grad():
+        return torch.allclose(layer(x), nn.functional.linear(x, layer.merged_weight(), layer.bias), rtol=1e-5, atol=1e-6)
+
+
+def step_with(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    optimizer.zero_grad()
+    model(tokens(6, 16, dtype=torch.float32)).square().sum().backward()
+    optimizer.step()
+
+
+def _bitsandbytes(name: str):
+    def make(parameters):
+        import bitsandbytes
+
+        return getattr(bitsandbytes.optim, name)(parameters, lr=0.05)
+
+    return make
+
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05),
+    "fused adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, fused=True),
+    "foreach sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, foreach=True),
+    "bitsandbytes 8-bit": _bitsandbytes("AdamW8bit"),
+    "bitsandbytes paged 8-bit": _bitsandbytes("PagedAdamW8bit"),
+    "bitsandbytes 32-bit": _bitsandbytes("AdamW32bit"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_norm_follows_every_optimizer(name, training):
+    model = adapted("dora", torch.float32).train(training)
+    if "bitsandbytes" in name and not torch.cuda.is_available() and name != "bitsandbytes 32-bit":
+        pytest.skip("bitsandbytes' 8-bit optimizers need a GPU")
+    try:
+        optimizer = OPTIMIZERS[name]([p for _, _, p in trainable_parameters(model)])
+        step_with(optimizer, model)
+    except (RuntimeError, NotImplementedError) as error:
+        if "bitsandbytes" not in name:
+            raise
+        pytest.skip(f"bitsandbytes has no such optimizer on this device: {error}")
+    before = model.q_proj.norm(dense_weight(model.q_proj.base_layer)).clone()
+    step_with(optimizer, model)
+    assert norm_is_right(model.q_proj) and norm_is_right(model.o_proj)
+    assert not torch.equal(model.q_proj.norm(dense_weight(model.q_proj.base_layer)), before)
+
+
+def by_data(layer):
+    layer.b().data.mul_(2)
+
+
+def by_storage(layer):
+    layer.a().untyped_storage().copy_((layer.a().detach() * 2).untyped_storage())
+
+
+def by_numpy(layer):
+    layer.b().detach().numpy()[0, 0] += 3
+
+
+def by_swapped_rows(layer):
+    layer.a().data.copy_(layer.a().data.flip(0).clone())
+
+
+def by_another_tensor(layer):
+    layer.b().data = layer.b().data * 2
+
+
+def by_state_dict(layer):
+    layer.load_state_dict({name: tensor * 2 if "lora_B" in name else tensor for name, tensor in layer.state_dict().items()})
+
+
+def by_one_bit(layer):
+    layer.b().data.view(torch.int32)[0, 0] ^= 1 << 22
+
+
+def by_the_base(layer):
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2)
+
+
+def by_a_new_base(layer):
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach() * 2, requires_grad=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("write", [by_data, by_storage, by_numpy, by_swapped_rows, by_another_tensor, by_state_dict, by_one_bit, by_the_base, by_a_new_base])
+def test_the_norm_follows_every_way_to_write(write, training):
+    layer = adapted("dora", torch.float32).train(training).q_proj
+    assert norm_is_right(layer)
+    before = layer(tokens(3, 16, dtype=torch.float32))
+    write(layer)
+    assert norm_is_right(layer)
+    assert not torch.equal(layer(tokens(3, 16, dtype=torch.float32)), before)
+
+
+def test_the_norm_stays_while_nothing_changes(monkeypatch):
+    """Accumulation, recomputation and evaluation take it once between two steps."""
+    import peftkit.layers.linear as linear
+
+    calls = []
+    monkeypatch.setattr(linear, "dora_norm", lambda *args: calls.append(1) or dora_norm(*args))
+    model = adapted("dora", torch.float32)
+    x = tokens(3, 16, dtype=torch.float32).requires_grad_()
+    optimizer = torch.optim.AdamW([p for _, _, p in trainable_parameters(model)], lr=0.01, fused=True)
+    for _ in range(3):
+        checkpoint(model, x, use_reentrant=False).sum().backward()
+    model.eval()(x)
+    assert len(calls) == 4, "once for each of the four layers"
+    optimizer.step()
+    model(x), model(x)
+    assert len(calls) == 8
+
+
+def test_moving_a_model_to_bf16_does_not_round_the_norm():
+    """`model.to(dtype)` reaches parameters and buffers; the row norms of W are neither."""
+    model = adapted("dora", torch.float32).to(torch.bfloat16)
+    layer = model.q_proj
+    assert not list(layer.buffers()) and layer.squares().dtype == torch.float32
+    exact = (dense_weight(layer.base_layer).double() + layer.delta().double()).norm(dim=1)
+    torch.testing.assert_close(layer.norm(dense_weight(layer.base_layer)).double(), exact, rtol=2e-3, atol=0)
+
+
+def test_fingerprints_tell_every_element_and_every_order():
+    x = tokens(5, 7, dtype=torch.float32)
+    seen = {fingerprint(x)}
+    for i in range(x.numel()):
+        changed = x.clone()
+        changed.view(-1)[i] += 1e-6 * changed.view(-1)[i].abs() + 1e-30
+        seen.add(fingerprint(changed))
+    seen |= {fingerprint(x.flip(0)), fingerprint(x.flip(1)), fingerprint(x[[1, 0, 2, 3, 4]]), fingerprint(-x)}
+    assert len(seen) == 1 + x.numel() + 4 and fingerprint(x.clone()) == fingerprint(x)
+    assert fingerprint(torch.zeros(0)) == fingerprint(torch.zeros(0))
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1, 3.0])
+def test_scaling_bf16_columns_is_as_exact_as_fp32(spread):
+    """In one pass where g is near 1 and in mixed precision elsewhere; a bf16 g would be far off."""
+    y = tokens(64, 32, dtype=torch.float32).bfloat16()
+    gain = 1 + spread * (2 * torch.rand(32, generator=torch.Generator().manual_seed(2)) - 1)
+    exact = y.double() * gain.double()
+    error = ((scale_columns(y, gain).double() - exact).abs() / exact.abs()).max()
+    assert error <= 2**-8 * 1.05  # half a unit in the last place of bf16 is 2^-9 of the value at worst twice
+    assert torch.equal(scale_columns(y.clone(), gain, out=(z := y.clone())), z) and z.dtype == torch.bfloat16
+
+
+# ----------------------------------------------------------------------------------------------------------- transforms
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_functional_call_and_its_gradient(method):
+    model = adapted(method)
+    x = tokens(4, 16)
+    names = {name: p.detach().clone() * 1.5 for name, _, p in trainable_parameters(model)}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, tensor in names.items():
+            other.get_parameter(name).copy_(tensor)
+    wanted = torch.autograd.grad(other(x).square().sum(), [p for _, _, p in trainable_parameters(other)])
+    plain = {name: tensor.clone().requires_grad_() for name, tensor in names.items()}
+    assert_close(list(torch.autograd.grad(loss(plain), list(plain.values()))), list(wanted))
+    assert_close(list(torch.func.grad(loss)(names).values()), list(wanted), 1e-9)
+    per_sample = torch.func.vmap(lambda row: torch.func.functional_call(model, names, (row,)))(x.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(per_sample, other(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_weight_given_by_functional_call_is_the_one_of_backward(method):
+    model = adapted(method)
+    base = {f"{name}.base_layer.weight": dense_weight(layer.base_layer) * 2 for name, layer in adapter_layers(model).items()}
+    x = tokens(4, 16).requires_grad_()
+    y = torch.func.functional_call(model, base, (x,))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, tensor in base.items():
+            other.get_parameter(name).copy_(tensor)
+    assert_close(gradients(model, y, x), gradients(other, other(x), x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_weight_that_trains_gets_its_gradient(method):
+    model = adapted(method)
+    weight = model.q_proj.base_layer.weight.requires_grad_()
+    x = tokens(4, 16)
+    model(x).square().sum().backward()
+    delta = 1e-6 * tokens(16, 16, seed=9)
+
+    def value() -> float:
+        return model(x).square().sum().item()
+
+    if method == "lora":  # DoRA's norm is a constant for the gradient, so differences do not show it
+        with torch.no_grad():
+            weight.add_(delta)
+            above = value()
+            weight.sub_(2 * delta)
+            below = value()
+        assert abs((above - below) / 2 - (weight.grad * delta).sum().item()) <= 1e-4 * abs(above - below)
+    assert weight.grad.any()
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    model = adapted()
+    x = tokens(4, 16).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_compile_gives_the_same(method):
+    """Traced whole by the compiler's front; the code it would generate needs a C++ compiler, which a test must not."""
+    model = adapted(method, torch.float32)
+    x = tokens(4, 16, dtype=torch.float32).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(gradients(model, compiled(x), x), gradients(model, model(x), x), 1e-4)
+    optimizer = torch.optim.SGD([p for _, _, p in trainable_parameters(model)], lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_with_shared_inputs_and_dropout(method, reentrant):
+    found = []
+    for recompute in (False, True):
+        model = adapted(method, dropout=0.3)
+        x = tokens(6, 16).requires_grad_()
+        torch.manual_seed(2)
+        y = checkpoint(model, x, use_reentrant=reentrant) if recompute else model(x)
+        y.square().sum().backward()
+        found.append([x.grad, *(p.grad for _, _, p in trainable_parameters(model))])
+    assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fp16_and_bf16_stay_near_fp32(method):
+    for dtype, tolerance in ((torch.float16, 3e-3), (torch.bfloat16, 3e-2)):
+        model = adapted(method, torch.float32)
+        x = tokens(6, 16, dtype=torch.float32)
+        wanted, exact = model(x), gradients(model, model(x))
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        y = model(x.to(dtype))
+        assert y.dtype == dtype and (y.float() - wanted).norm() <= tolerance * wanted.norm()
+        for mine, other in zip(gradients(model, y.float()), exact, strict=True):
+            assert mine.dtype == torch.float32 and (mine - other).norm() <= 3 * tolerance * other.norm()
+
+
+def test_a_batch_of_four_is_four_of_one(ids):
+    model = tiny_llama()
+    pk.attach(model, pk.DoRA(r=4))
+    wake(model)
+    model.train()
+    rows = torch.cat([ids, ids[:1]])
+    whole = torch.autograd.grad(model(input_ids=rows).logits.square().sum(), [p for _, _, p in trainable_parameters(model)])
+    parts = [torch.autograd.grad(model(input_ids=row[None]).logits.square().sum(), [p for _, _, p in trainable_parameters(model)]) for row in rows]
+    for together, *apart in zip(whole, *parts, strict=True):
+        summed = torch.stack(apart).sum(0)
+        assert (together - summed).norm() <= 1e-5 * summed.norm()
+
+
+DDP = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, sys.argv[1])
+from test_kernels import adapted, tokens
+from peftkit.layers import trainable_parameters
+dist.init_process_group("gloo")
+rank, x = dist.get_rank(), tokens(8, 16)
+for method in ("lora", "dora"):
+    model = adapted(method)
+    wrapped = DistributedDataParallel(model)  # must outlive backward
+    wrapped(x[rank * 4 : rank * 4 + 4]).square().sum().backward()
+    if rank == 0:
+        torch.save([p.grad * 2 for _, _, p in trainable_parameters(model)], f"{sys.argv[2]}/{method}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 2000), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), os.path.dirname(__file__), str(tmp_path)],
+            env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    for method in METHODS:
+        model = adapted(method)
+        assert_close(torch.load(tmp_path / f"{method}.pt"), gradients(model, model(tokens(8, 16))))
+
+
+def test_what_shares_an_input_in_a_real_model(ids):
+    model = tiny_llama()
+    pk.attach(model, pk.LoRA(r=2))
+    groups = {id(layer.shared): layer.shared for layer in adapter_layers(model).values() if layer.shared is not None}
+    assert sorted(len(shared.layers) for shared in groups.values()) == [2, 2, 3, 3] and all(isinstance(shared, SharedInput) for shared in groups.values())
+
+
+def test_row_squares_are_taken_in_fp64():
+    weight = tokens(3, 1000, dtype=torch.float32)
+    assert torch.equal(row_squares(weight), weight.double().square().sum(1))

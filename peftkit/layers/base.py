@@ -32,12 +32,14 @@ class Trained(NamedTuple):
     """A trainable parameter of an adapter layer."""
 
     role: str
-    """A, B, magnitude, bias, tokens or full."""
+    """A, B, embedding (both factors of one), magnitude, bias, tokens or full."""
     name: str
     """Its name within the layer, as in named_parameters."""
     key: str
     """Its key within the layer in peft's adapter files."""
     parameter: nn.Parameter
+    dtype: torch.dtype | None = None
+    """What it is written in, where that is not its own dtype: a module trained whole in fp32 goes to the file as the base has it."""
 
 
 class RoleParameter(NamedTuple):
@@ -56,11 +58,9 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-def held(factors: nn.ModuleDict, adapter: str) -> nn.Parameter:
-    """The tensor of one adapter in a dict of factors."""
-    factor = factors[adapter]
-    assert isinstance(factor, Factor)
-    return factor.weight
+def held(layer: nn.Module, factors: str, adapter: str) -> nn.Parameter:
+    """The tensor of one adapter in one of the layer's dicts of factors. It is read in every forward, so past `__getattr__`."""
+    return layer._modules[factors]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr, return-value]
 
 
 class AdapterLayer(nn.Module, ABC):
@@ -87,6 +87,11 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def stands_for(cls, module: nn.Module) -> bool:
         """Whether this kind of layer can be put around the module."""
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> tuple[str, ...]:
+        """The parameters of the module that are adapted one by one, by name; none where it is adapted as a whole."""
+        return ()
 
     @abstractmethod
     def add(self, adapter: str, spec: Any) -> None:
@@ -115,6 +120,10 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def merged(self, weight: Tensor | None = None) -> nn.Module:
         """The plain module that computes the same; its frozen parts are the base's own."""
+
+    def unmergeable(self) -> str | None:
+        """Why the active adapters cannot be folded into a plain module, None where they can."""
+        return None
 
     def _registered(self, adapter: str, spec: Any) -> None:
         if adapter in self.specs:
@@ -152,13 +161,24 @@ class AdapterLayer(nn.Module, ABC):
     def delete_adapter(self, adapter_name: str) -> None:
         self.delete(adapter_name)
 
+    def face(self) -> nn.Module:
+        """The module whose attributes the surrounding model reads and writes here."""
+        return self.base_layer
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+            return getattr(self.face(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A layer keeps its own parameters in dicts: one that is set on it (by tie_weights, say) is meant for the module it stands for.
+        if isinstance(value, nn.Parameter):
+            setattr(self.face(), name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -177,6 +197,12 @@ def trainable_parameters(model: nn.Module) -> Iterator[RoleParameter]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield RoleParameter(name, declared.get(name, "full"), parameter)
+
+
+def refuse_stacked_dora(layer: AdapterLayer, adapters: str | Sequence[str]) -> None:
+    """Raises ValueError where a DoRA adapter is among several that shall be active together."""
+    if not isinstance(adapters, str) and len(adapters) > 1 and any(layer.specs[name].dora for name in adapters if name in layer.specs):
+        raise ValueError("a DoRA adapter scales whole rows of the weight and cannot be stacked with others; make it active alone, or merge it")
 
 
 def master_dtype(weight: Tensor) -> torch.dtype:

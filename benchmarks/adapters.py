@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftkit as pk
 from peftkit.console import bar, table
+from peftkit.layers import LoRALinear
 from peftkit.model import best_dtype
 from peftkit.quant import quantization_config
 from peftkit.result import machine, versions, write_json
@@ -200,6 +201,39 @@ def measure_bytes(device: str, config: dict[str, Any], wanted: Wanted) -> dict[s
     return found
 
 
+@torch.no_grad()
+def measure_inference(dtype: torch.dtype, device: str, rounds: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Evaluation of DoRA over that of LoRA, the adapters at rest: whole rows, and one token after 256 with a cache.
+
+    Beside the median ratios, the bytes that DoRA keeps beyond the parameters and buffers of LoRA after the first forward.
+    """
+    ids = torch.randint(config["vocab_size"], (ROWS, TOKENS), generator=torch.Generator().manual_seed(1)).to(device)
+    base = base_model(dtype, device, False, config)
+    models = {name: ours(copy.deepcopy(base), name == "dora", 0.0).eval() for name in ("lora", "dora")}
+    caches = {name: model(input_ids=ids).past_key_values for name, model in models.items()}
+    seconds: dict[str, list[float]] = {f"{kind} {name}": [] for kind in ("rows", "token") for name in models}
+    for round_ in range(rounds + 1):
+        for name, model in models.items():
+            for kind in ("rows", "token"):
+                started = time.perf_counter()
+                if kind == "rows":
+                    model(input_ids=ids, use_cache=False)
+                else:
+                    model(input_ids=ids[:, :1], past_key_values=caches[name])
+                if ids.is_cuda:
+                    torch.cuda.synchronize()
+                if round_:
+                    seconds[f"{kind} {name}"].append(time.perf_counter() - started)
+    layers = [module for module in models["dora"].modules() if isinstance(module, LoRALinear)]
+    kept = sum(layer.magnitude().nbytes + sum(held[1].nbytes for held in (layer._squares, layer._norm) if held) for layer in layers)
+    return {
+        "dora_over_lora_rows": ratio(seconds, "rows dora", "rows lora"),
+        "dora_over_lora_token": ratio(seconds, "token dora", "token lora"),
+        "dora_keeps_bytes": kept,
+        "outputs": sum(layer.out_features for layer in layers),
+    }
+
+
 # -------------------------------------------------------------------------------------------------------------- results
 
 
@@ -307,9 +341,22 @@ def main(arguments: list[str] | None = None) -> None:
     records = summarise(seconds, {} if args.no_bytes else measure_bytes(args.device, config, wanted))
     name = str(dtype).removeprefix("torch.")
     show(records, f"{args.layers} layers x 768, batch {ROWS} x {TOKENS}, r = {RANK}, {name}, {args.rounds} rounds, commit {commit()}", Console(width=150))
+    inference = measure_inference(dtype, args.device, args.rounds, config)
+    print(
+        f"DoRA's inference over LoRA's: {inference['dora_over_lora_rows']:.3f} for rows of {TOKENS}, {inference['dora_over_lora_token']:.3f} for one token; "
+        f"m and n take {inference['dora_keeps_bytes'] / inference['outputs']:.0f} bytes for each output"
+    )
     if args.output:
         frozen = {name: statistics.median(times) for name, times in seconds.items() if name.endswith("|base")}
-        content = {"dtype": name, "device": args.device, "rounds": args.rounds, "config": config, "frozen_median_seconds": frozen, "rows": records}
+        content = {
+            "dtype": name,
+            "device": args.device,
+            "rounds": args.rounds,
+            "config": config,
+            "frozen_median_seconds": frozen,
+            "rows": records,
+            "inference": inference,
+        }
         content |= {
             "seconds": seconds,
             "machine": machine(),

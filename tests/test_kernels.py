@@ -290,6 +290,14 @@ def test_the_norm_stays_while_nothing_changes(monkeypatch):
     assert len(calls) == 8
 
 
+def test_evaluation_keeps_m_and_n_and_nothing_else():
+    model = adapted("dora", torch.float32).eval()
+    model(tokens(3, 16, dtype=torch.float32))
+    for layer in adapter_layers(model).values():
+        held = [value for value in vars(layer).values() if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Tensor)]
+        assert [tuple(tensor.shape) for _, tensor in held] == [(16,)] and layer.magnitude().shape == (16,)
+
+
 def test_moving_a_model_to_bf16_does_not_round_the_norm():
     """`model.to(dtype)` reaches parameters and buffers; the row norms of W are neither."""
     model = adapted("dora", torch.float32).to(torch.bfloat16)

@@ -159,12 +159,16 @@ class LoRALinear(AdapterLayer):
 
     # ------------------------------------------------------------------------------------------------------ DoRA's norm
 
-    def squares(self) -> Tensor:
-        """|W|^2 by row (out,), fp32 at least; taken anew where the weight was replaced or written to."""
+    def _base_key(self) -> tuple[Any, ...]:
+        """Changes where the frozen weight is replaced or written to."""
         weight = self.base_layer.weight
-        key = (weight.data_ptr(), weight._version, weight.device)
+        return weight.data_ptr(), weight._version, weight.device
+
+    def squares(self) -> Tensor:
+        """|W|^2 by row (out,), fp32 at least; kept while the frozen weight stays, and in training only."""
+        key = self._base_key()
         if self._squares is None or self._squares[0] != key:
-            self._squares = (key, row_squares(dense_weight(self.base_layer)).to(master_dtype(weight)))
+            self._squares = (key, row_squares(dense_weight(self.base_layer)).to(master_dtype(self.base_layer.weight)))
         return self._squares[1]
 
     @torch.no_grad()
@@ -175,12 +179,13 @@ class LoRALinear(AdapterLayer):
         and `.data` write without a trace.
         """
         a, b = self.factors()
-        squares = self.squares()
         if a.device.type != "cpu":
-            return dora_norm(weight, squares, a, b, self.scale)
-        key = (self._squares and self._squares[0], self.scale, weight.dtype, a.dtype, fingerprint(a, b))
+            return dora_norm(weight, self.squares(), a, b, self.scale)
+        key = (self._base_key(), self.scale, weight.dtype, a.dtype, fingerprint(a, b))
         if self._norm is None or self._norm[0] != key:
-            self._norm = (key, dora_norm(weight, squares, a, b, self.scale))
+            self._norm = (key, dora_norm(weight, self.squares(), a, b, self.scale))
+            if not self.training:  # the next norm is far off
+                self._squares = None
         return self._norm[1]
 
     # ----------------------------------------------------------------------------------------------------------- merging

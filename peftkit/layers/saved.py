@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,15 @@ from torch.func import functional_call
 
 from peftkit import quant
 from peftkit.layers.base import ADAPTER, AdapterLayer, Trained, master_dtype
-from peftkit.layers.embedding import refuse_embedding, row_scale
-from peftkit.layers.find import swap
+from peftkit.layers.embedding import row_scale
 
 
 @dataclass(frozen=True)
 class Saved:
     """The whole module trains, in a copy."""
+
+    along: bool = False
+    """Only what another module shares with it trains."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,14 @@ class SavedModule(AdapterLayer):
     def stands_for(cls, module: nn.Module) -> bool:
         return any(True for _ in module.parameters())
 
-    def add(self, adapter: str, spec: Saved, masters: dict[int, nn.Parameter] | None = None, along: bool = False) -> None:
-        """Puts a copy in. `masters` (id of a frozen parameter -> what trains for it) keeps ties among several modules.
-
-        With `along`, only what is in `masters` trains: the module is here because it shares that with another one.
-        """
+    def add(self, adapter: str, spec: Saved, masters: dict[int, nn.Parameter] | None = None) -> None:
+        """Puts a copy in. `masters` (id of a frozen parameter -> what trains for it) keeps ties among several modules."""
         if not isinstance(spec, Saved):
             raise ValueError(f"another adapter trains this {type(self.base_layer).__name__} as a whole (modules_to_save); do so here too, or leave it out")
         masters = {} if masters is None else masters
         trained: dict[int, Any] = {}
         for parameter in self.base_layer.parameters():
-            if id(parameter) not in masters and not along:
+            if id(parameter) not in masters and not spec.along:
                 masters[id(parameter)] = nn.Parameter(parameter.detach().to(master_dtype(parameter), copy=True))
             trained[id(parameter)] = masters.get(id(parameter), parameter)
         self._registered(adapter, spec)
@@ -199,151 +198,3 @@ class _Rows(nn.Module):
         self.slot: Tensor
         self.register_buffer("tokens", chosen, persistent=False)
         self.register_buffer("slot", slot, persistent=False)
-
-
-# -------------------------------------------------------------------------------------------------------- finding, putting
-
-
-def find_whole(model: nn.Module, patterns: Sequence[str], tie: bool) -> dict[str, bool]:
-    """The modules to train as a whole, by name: those that the names or name endings match, nothing inside others.
-
-    With `tie`, modules that share a weight with them come along; the value says that a module is there for that alone.
-    Raises ValueError where an entry matches nothing, or matches what cannot be trained as a copy.
-    """
-    from peftkit.config import suggest
-
-    there = dict(_standing(model))
-    found: dict[str, nn.Module] = {}
-    for pattern in patterns:
-        matches = {name: module for name, module in there.items() if name == pattern or name.endswith(f".{pattern}")}
-        if not matches:
-            endings = sorted({name.rsplit(".", 1)[-1] for name in there})
-            raise ValueError(f"modules_to_save: {pattern!r} matches no module of this {type(model).__name__}{suggest(pattern, endings)}")
-        found |= matches
-    named = [name for name in found if not inside(name, found)]
-    along = []
-    if tie:
-        shared = {id(parameter) for name in named for parameter in _frozen(found[name]).parameters()}
-        related = [name for name in there if name in named or inside(name, named) or any(inside(other, [name]) for other in named)]
-        along = [name for name, module in there.items() if name not in related and _holds(module, shared)]
-    for name in [*named, *along]:
-        if reason := _not_a_copy(there[name]):
-            raise ValueError(f"modules_to_save: {name} {reason}")
-    return dict.fromkeys(named, False) | dict.fromkeys(along, True)
-
-
-def _not_a_copy(module: nn.Module) -> str | None:
-    """Why a module cannot be trained as a copy."""
-    if isinstance(module, SavedModule):
-        return None
-    if any(isinstance(child, AdapterLayer) for child in module.modules()):
-        return "carries an adapter already; name it once, and train it in the same way under every adapter"
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return f"is a {type(module).__name__}, which is never called itself; name the modules in it"
-    if not SavedModule.stands_for(module):
-        return "holds no parameters"
-    if any(quant.is_quantized(child) for child in module.modules()) or not all(p.is_floating_point() for p in module.parameters()):
-        return "is quantised, and quantised weights cannot train; leave it unquantised (llm_int8_skip_modules)"
-    buffers = module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys()
-    if buffers:
-        return f"keeps {min(buffers)}, which training would change without a gradient; that is not supported"
-    return None
-
-
-def save_modules(model: nn.Module, found: dict[str, bool], adapter: str, tie: bool) -> None:
-    """Puts a trainable copy beside each of the modules that `find_whole` gives; with `tie` what they share is shared by the copies."""
-    masters: dict[int, nn.Parameter] = {}
-    for name, along in found.items():
-        layer = model.get_submodule(name)
-        if not isinstance(layer, SavedModule):
-            swap(model, name, layer := SavedModule(layer))
-        layer.add(adapter, Saved(), masters if tie else None, along)
-
-
-class Rows(NamedTuple):
-    """Tokens of one embedding to train, and the modules that share its weight."""
-
-    tokens: list[int]
-    tied: list[str]
-
-
-def find_rows(model: nn.Module, chosen: Sequence[int] | dict[str, list[int]]) -> dict[str, Rows]:
-    """The embeddings of which tokens are to train, by name: the input embedding for a list, else those that the names match.
-
-    Raises ValueError where a name matches nothing, a token is none of the embedding's, or its rows cannot be trained.
-    """
-    from peftkit.config import suggest
-
-    there = dict(_standing(model))
-    if not isinstance(chosen, dict):
-        getter = getattr(model, "get_input_embeddings", None)
-        name = next((name for name, module in there.items() if getter and module is getter()), None)
-        if name is None:
-            raise ValueError(f"trainable_tokens: {type(model).__name__} does not name its input embedding; give {{name: tokens}}")
-        chosen = {name: list(chosen)}
-    found: dict[str, Rows] = {}
-    for pattern, tokens in chosen.items():
-        matches = [name for name in there if name == pattern or name.endswith(f".{pattern}")]
-        if not matches:
-            embeddings = [name for name, module in there.items() if isinstance(_frozen(module), nn.Embedding)]
-            raise ValueError(f"trainable_tokens: {pattern!r} matches no module{suggest(pattern, embeddings)} (embeddings: {', '.join(embeddings) or 'none'})")
-        for match in matches:
-            weight = getattr(_frozen(there[match]), "weight", None)
-            group = [name for name, module in there.items() if _holds(module, {id(weight)})] or [match]
-            owner = next((name for name in group if isinstance(_frozen(there[name]), nn.Embedding)), group[0])
-            for name in group:
-                _check_rows(name, there[name], tokens)
-            if found.setdefault(owner, Rows(tokens, [name for name in group if name != owner])).tokens != tokens:
-                raise ValueError(f"trainable_tokens: {match} shares its weight with {owner}, so both train the same tokens")
-    return found
-
-
-def _check_rows(name: str, module: nn.Module, tokens: list[int]) -> None:
-    base: Any = _frozen(module)
-    if isinstance(module, AdapterLayer) and not isinstance(module, TrainedTokens):
-        raise ValueError(f"trainable_tokens: {name} carries an adapter of another kind already")
-    if not TrainedTokens.stands_for(base):
-        raise ValueError(f"trainable_tokens: {name} ({type(base).__name__}) is neither an embedding nor an unquantised linear head")
-    if isinstance(base, nn.Embedding):
-        refuse_embedding(base)
-    rows = base.weight.shape[0]
-    wrong = [token for token in tokens if not 0 <= token < rows]
-    if wrong:
-        raise ValueError(f"trainable_tokens: {name} has {rows} rows and no token {wrong[0]}; call model.resize_token_embeddings({max(wrong) + 1}) first")
-    if not tokens or len(set(tokens)) < len(tokens):
-        raise ValueError(f"trainable_tokens: {name}: {'a token stands twice' if tokens else 'no token'} in the list")
-
-
-def train_rows(model: nn.Module, found: dict[str, Rows], adapter: str) -> None:
-    """Lets the rows that `find_rows` gives train, one set for all modules that share the weight."""
-    for name, (tokens, tied) in found.items():
-        owner = None
-        for place in [name, *tied]:
-            layer = model.get_submodule(place)
-            if not isinstance(layer, TrainedTokens):
-                swap(model, place, layer := TrainedTokens(layer, owner))
-            layer.add(adapter, Tokens(tuple(tokens)))
-            owner = owner or layer
-
-
-def inside(name: str, others: Iterable[str]) -> bool:
-    """Whether the module `name` is part of one of the others."""
-    return any(name.startswith(f"{other}.") for other in others)
-
-
-def _standing(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every submodule with its name, adapter layers as one module each."""
-    for child_name, child in module.named_children():
-        full = f"{name}.{child_name}" if name else child_name
-        yield full, child
-        if not isinstance(child, AdapterLayer):
-            yield from _standing(child, full)
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, AdapterLayer) else module
-
-
-def _holds(module: nn.Module, ids: set[int]) -> bool:
-    """Whether one of these parameters is the module's own."""
-    return any(id(parameter) in ids for parameter in _frozen(module).parameters(recurse=False))

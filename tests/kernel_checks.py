@@ -1,0 +1,183 @@
+"""What every GPU kernel must compute, written out in fp64: checked in Triton's interpreter and on GPUs by the same lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkit.kernels import triton_4bit, triton_dora, triton_dropout
+
+EPS = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # two to four roundings of one number
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype, size: float | Tensor = 0.0) -> None:
+    """Equal up to the rounding of `dtype`, of `want` itself and of what was summed to it, `size` in all."""
+    bound = EPS[dtype] * (want.abs() + size) + torch.finfo(dtype).smallest_normal * EPS[dtype] + 1e-12
+    worst = ((got.double() - want).abs() / bound).max().item() if want.numel() else 0.0
+    assert worst <= 1, f"off by {worst:.2f} times the rounding of {dtype}"
+
+
+@dataclass
+class Layer:
+    """A random layer: zero rows in W, B and m, so that norms and magnitudes vanish where they can."""
+
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    outputs: int
+    inputs: int
+    r: int
+    biased: bool
+    seed: int
+    scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.x, self.y, self.grad = (self.random(self.tokens, n) for n in (self.inputs, self.outputs, self.outputs))
+        self.weight = self.random(self.outputs, self.inputs)
+        self.h = self.random(self.tokens, 3 * self.r)[:, self.r : 2 * self.r]  # one of three that share a product: not contiguous
+        self.a, self.b = self.random(self.r, self.inputs, wide=True), self.random(self.outputs, self.r, wide=True)
+        self.magnitude = self.random(self.outputs, wide=True).abs() + 0.1
+        self.gain = self.random(self.outputs, wide=True)
+        self.bias = self.random(self.outputs) if self.biased else None
+        if self.device == "cpu":  # Triton's interpreter cuts bf16 off where torch and GPUs round: leave it nothing to round
+            self.a, self.b = self.a.to(self.dtype).float(), self.b.to(self.dtype).float()
+        self.weight[::3] = 0
+        self.b[::6] = 0
+        self.magnitude[::4] = 0
+        self.squares = self.weight.double().square().sum(1).float()
+
+    def random(self, *shape: int, wide: bool = False) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, torch.float32 if wide else self.dtype)
+
+    def low(self, factor: Tensor) -> Tensor:
+        """A factor as it enters products: rounded to the dtype of x."""
+        return factor.to(self.dtype).double()
+
+    @property
+    def shift(self) -> Tensor | float:
+        return 0.0 if self.bias is None else self.bias.double()
+
+
+def check_compose(layer: Layer) -> None:
+    y = layer.y.clone()
+    update = layer.scale * layer.h.double() @ layer.low(layer.b).T
+    want = layer.gain.double() * (layer.y.double() + update) + layer.shift
+    size = layer.gain.double().abs() * (layer.y.double().abs() + layer.scale * layer.h.double().abs() @ layer.low(layer.b).abs().T)
+    got = triton_dora.compose_(y, layer.h, layer.b, layer.scale, layer.gain, layer.bias)
+    assert got is y
+    close(y, want, layer.dtype, size=EPS[torch.float32] / EPS[layer.dtype] * size)
+
+
+def check_compose_backward(layer: Layer) -> None:
+    scaled, grad_magnitude, grad_bias = triton_dora.compose_backward(
+        layer.grad, layer.y, layer.gain, layer.magnitude, layer.bias, need_magnitude=True, need_bias=layer.biased
+    )
+    g = layer.grad.double()
+    close(scaled, g * layer.gain.double(), layer.dtype)
+    terms = g * (layer.y.double() - layer.shift)
+    m = layer.magnitude.double()
+    want = torch.where(m == 0, 0, terms.sum(0) / m)
+    assert grad_magnitude is not None
+    close(grad_magnitude, want, torch.float32, size=torch.where(m == 0, 0, 4 * terms.abs().sum(0) / m))
+    if layer.biased:
+        assert grad_bias is not None
+        close(grad_bias, g.sum(0), layer.dtype, size=EPS[torch.float32] / EPS[layer.dtype] * 4 * g.abs().sum(0))
+    # The same once more, bit for bit; and nothing where nothing is asked for.
+    again = triton_dora.compose_backward(layer.grad, layer.y, layer.gain, layer.magnitude, layer.bias, need_magnitude=True, need_bias=layer.biased)
+    assert torch.equal(again[0], scaled) and torch.equal(again[1], grad_magnitude)
+    alone = triton_dora.compose_backward(layer.grad, None, layer.gain, None, None, need_magnitude=False, need_bias=False)
+    assert torch.equal(alone[0], scaled) and alone[1:] == (None, None)
+
+
+def check_gain(layer: Layer) -> None:
+    """Against the norm of the built sum. The products with W round A, so their part is exact for the rounded A."""
+    w, b, s = layer.weight.double(), layer.b.double(), layer.scale
+    cross, gram = w @ layer.low(layer.a).T, layer.a.double() @ layer.a.double().T
+    squares = w.square().sum(1) + (b * (2 * s * cross + s * s * b @ gram)).sum(1)
+    size = w.square().sum(1) + (b.abs() * (2 * s * w.abs() @ layer.low(layer.a).abs().T + s * s * b.abs() @ gram.abs())).sum(1)
+    if layer.dtype == torch.float32:
+        built = (w + s * b @ layer.a.double()).square().sum(1)
+        torch.testing.assert_close(squares, built)
+    memory = triton_dora.NormMemory.empty(layer.outputs, layer.weight.device)
+    gain = triton_dora.dora_gain(layer.weight, layer.squares, layer.a, layer.b, layer.magnitude, s, memory)
+    close(memory.norm.double().square(), squares, torch.float32, size=16 * size)
+    assert not memory.norm[::6].any() and gain[::6].eq(1).all()  # rows of zeros
+    rows = memory.norm != 0
+    close(gain[rows], layer.magnitude[rows].double() / memory.norm[rows].double(), torch.float32)
+    transposed = layer.weight.T.contiguous().T  # a Conv1D's weight, and no memory
+    assert torch.equal(triton_dora.dora_gain(transposed, layer.squares, layer.a, layer.b, layer.magnitude, s), gain)
+
+
+def check_memory(layer: Layer) -> None:
+    """The norm is reused exactly while A and B keep their bits, and each single element of them counts."""
+    memory = triton_dora.NormMemory.empty(layer.outputs, layer.weight.device)
+
+    def gain(weight: Tensor) -> Tensor:
+        return triton_dora.dora_gain(weight, layer.squares, layer.a, layer.b, layer.magnitude, layer.scale, memory)
+
+    first = gain(layer.weight)
+    poisoned = torch.full_like(layer.weight, float("nan"))
+    assert torch.equal(gain(poisoned), first)  # W was not read: the norm is the old one
+    layer.magnitude.mul_(2)
+    doubled = torch.where(memory.norm == 0, first, 2 * first)
+    assert torch.equal(gain(poisoned), doubled)  # m is not part of the norm
+    for factor in (layer.a, layer.b):
+        for place in {0, factor.numel() - 1}:
+            bits = factor.data.view(-1).view(torch.int32)  # a write that leaves no trace on the tensor
+            bits[place] ^= 1  # the last bit of one element
+            assert gain(poisoned).isnan().any(), "a changed factor must be seen"
+            bits[place] ^= 1
+            gain(layer.weight)
+    assert torch.equal(gain(poisoned), doubled)
+    if layer.r > 1 and not torch.equal(layer.a[0], layer.a[-1]):
+        layer.a[[0, -1]] = layer.a[[-1, 0]]  # the same elements at other places
+        assert gain(poisoned).isnan().any()
+
+
+def check_4bit(layer: Layer, kind: str) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    whole = torch.randn(layer.outputs, layer.inputs, generator=layer.generator).to(layer.device)
+    packed, state = quantize_4bit(whole, quant_type=kind, compress_statistics=True, blocksize=64)
+    weight = triton_4bit.Weight4bit.of(packed, state)
+    high, low = weight.packed.long() >> 4, weight.packed.long() & 15
+    decoded = weight.code[torch.stack((high, low), 1).view(-1)] * weight.absmax.repeat_interleave(64)[: whole.numel()]
+    decoded = decoded.view(whole.shape).to(layer.dtype).double()
+    assert (decoded - whole.double()).abs().max() < whole.abs().max()  # it is the weight, not garbage
+    s, h = layer.scale, layer.h.double()
+    x, a, b = layer.x.double(), layer.low(layer.a), layer.low(layer.b)
+    y = triton_4bit.low_rank_product_4bit(layer.x, weight, layer.h, layer.b, s, layer.bias)
+    size = x.abs() @ decoded.abs().T + s * h.abs() @ b.abs().T
+    close(y, x @ decoded.T + s * h @ b.T + layer.shift, layer.dtype, size=8 * EPS[torch.float32] / EPS[layer.dtype] * size)
+    g = layer.grad.double()
+    grad_x = triton_4bit.low_rank_product_4bit(layer.grad, weight, layer.h, layer.a, s, transposed=True)
+    size = g.abs() @ decoded.abs() + s * h.abs() @ a.abs()
+    close(grad_x, g @ decoded + s * h @ a, layer.dtype, size=8 * EPS[torch.float32] / EPS[layer.dtype] * size)
+
+
+def check_dropout(layer: Layer, p: float, seed: int) -> None:
+    """All three kernels draw one mask; it keeps the right share, anew for every seed."""
+
+    def mask(seed: int) -> Tensor:
+        ones = torch.ones(layer.tokens, 1, device=layer.device), torch.ones(1, layer.inputs, device=layer.device)
+        return triton_dropout.add_dropped_product_(torch.zeros(layer.tokens, layer.inputs, device=layer.device), *ones, p, seed)
+
+    kept = mask(seed).double()
+    assert torch.equal(mask(seed).double(), kept)
+    count = kept.numel()
+    if count:
+        torch.testing.assert_close(kept.unique(), torch.tensor([0, 1 / (1 - p)], dtype=torch.float64, device=kept.device)[-len(kept.unique()) :])
+        assert abs((kept == 0).double().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5 + 1e-9
+    if count > 64:
+        assert not torch.equal(mask(seed + 1).double(), kept) and not torch.equal(mask(seed ^ 2**40).double(), kept)
+    ratio = 8 * EPS[torch.float32] / EPS[layer.dtype]
+    dropped, a, h = layer.x.double() * kept, layer.low(layer.a), layer.h.double()
+    close(triton_dropout.dropped_product(layer.x, layer.a, p, seed), dropped @ a.T, layer.dtype, size=ratio * dropped.abs() @ a.abs().T)
+    grad_a = triton_dropout.dropped_gradient_a(layer.x, layer.h, p, seed)
+    close(grad_a, h.T @ dropped, torch.float32, size=8 * h.abs().T @ dropped.abs())
+    grad_x = triton_dropout.add_dropped_product_(layer.x.clone(), layer.h, layer.a, p, seed)
+    size = layer.x.double().abs() + kept * (h.abs() @ a.abs())
+    close(grad_x, layer.x.double() + kept * (h @ a), layer.dtype, size=ratio * size)

@@ -1,0 +1,64 @@
+"""The Triton kernels in Triton's interpreter, on a CPU. test_triton.py runs this file in a process with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import kernel_checks as checks
+import pytest
+import torch
+import triton
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+assert triton.knobs.runtime.interpret, "run this through test_triton.py"
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+layers = st.builds(
+    checks.Layer,
+    device=st.just("cpu"), dtype=st.sampled_from(DTYPES), tokens=st.integers(0, 90), outputs=st.integers(1, 140), inputs=st.integers(1, 150),
+    r=st.integers(1, 64), biased=st.booleans(), seed=st.integers(0, 2**16),
+)  # fmt: skip
+examples = settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking would take minutes
+
+
+@examples
+@given(layers)
+def test_compose(layer):
+    checks.check_compose(layer)
+
+
+@examples
+@given(layers)
+def test_compose_backward(layer):
+    checks.check_compose_backward(layer)
+
+
+def test_the_sums_over_many_tokens_are_split():
+    """More tokens than one program takes, in parts of different lengths."""
+    checks.check_compose_backward(checks.Layer("cpu", torch.float32, 321, 3, 2, 1, True, 0))
+
+
+@examples
+@given(layers)
+def test_gain(layer):
+    checks.check_gain(layer)
+
+
+@pytest.mark.parametrize(("dtype", "outputs", "inputs", "r"), [(torch.float32, 37, 140, 1), (torch.float16, 130, 21, 5), (torch.bfloat16, 6, 1, 64)])
+def test_memory_of_the_norm(dtype, outputs, inputs, r):
+    checks.check_memory(checks.Layer("cpu", dtype, 1, outputs, inputs, r, False, 0))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter would round W to bf16 by cutting off
+def test_4bit(kind, dtype):
+    checks.check_4bit(checks.Layer("cpu", dtype, 37, 70, 64, 5, kind == "nf4", 0), kind)
+
+
+def test_4bit_where_blocks_do_not_end_with_rows():
+    checks.check_4bit(checks.Layer("cpu", torch.float32, 5, 32, 50, 64, False, 0), "nf4")
+
+
+@examples
+@given(layers, st.floats(0.01, 0.95), st.integers(0, 2**62 - 1))
+def test_dropout(layer, p, seed):
+    checks.check_dropout(layer, p, seed)

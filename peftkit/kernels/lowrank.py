@@ -158,10 +158,16 @@ class _Linear(torch.autograd.Function):
             if bias is not None:
                 y.add_(bias)
         if x.ndim != 2:
-            y = y.view(*x.shape[:-1], y.shape[-1])
+            y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view to autograd: the model may write into what it is given
         # The norm is the layer's own, kept from step to step and never written to: no activation.
         ctx.weight, ctx.norm, ctx.scale, ctx.dropout, ctx.seed, ctx.shape = weight, norm, scale, dropout, seed, x.shape
-        ctx.save_for_backward(x if own else None, h, a, b, magnitude, bias, None if magnitude is None else y)
+        if magnitude is None or y.is_inference():
+            ctx.save_for_backward(x if own else None, h, a, b, None, bias, None)
+        else:  # `counter` shares y's count of the writes into it, and nothing else
+            ctx.counter = y.detach()
+            ctx.counter.data = y.new_empty(0)
+            ctx.written = y._version
+            ctx.save_for_backward(x, h, a, b, magnitude, bias, y.data)
         return y
 
     @staticmethod
@@ -175,8 +181,12 @@ class _Linear(torch.autograd.Function):
             grad_bias = grad.sum(0, dtype=bias.dtype)
         if need_magnitude:
             # dm = sum_t G (y - b) / m: what stood before the scaling need not be kept. A row with m = 0 gives no signal.
-            product = y.reshape(grad.shape)
-            product = grad * product if bias is None else (product - bias).mul_(grad)  # subtracted first: after the sum it would cancel
+            if ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
+                y = (x.reshape(-1, x.shape[-1]) @ ctx.weight(x.dtype).T).addmm_(h, b.to(x.dtype).T, alpha=ctx.scale)
+                product = scale_columns(y, gain_of(magnitude, ctx.norm), out=y).mul_(grad)
+            else:
+                y = y.reshape(grad.shape)
+                product = grad * y if bias is None else (y - bias).mul_(grad)  # subtracted first: after the sum it would cancel
             grad_magnitude = torch.where(magnitude == 0, 0, product.sum(0, dtype=magnitude.dtype) / magnitude)
         if magnitude is not None:
             grad = scale_columns(grad, gain_of(magnitude, ctx.norm))

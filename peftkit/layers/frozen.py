@@ -44,10 +44,15 @@ def weight_reader(module: Any) -> Callable[[torch.dtype], Tensor]:
     return lambda dtype: weight if weight.dtype == dtype else weight.to(dtype)
 
 
+def as_stored(module: Any, weight: Tensor) -> Tensor:
+    """A weight (out, in) the way round in which the module stores it."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
 def plain_linear(module: Any, weight: Tensor) -> nn.Module:
     """The plain module with this weight (out, in) and the bias of `module`: itself with a new weight, an nn.Linear for a quantised one."""
     if not quant.is_quantized(module):
-        module.weight = nn.Parameter(weight.T.contiguous() if isinstance(module, Conv1D) else weight, requires_grad=False)
+        module.weight = nn.Parameter(as_stored(module, weight).contiguous(), requires_grad=False)
         return module
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftkit import quant
 from peftkit.kernels import composed, dora_norm, fingerprint, gain_of, linear, shared_down
 from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype
-from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares, weight_reader
+from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares, weight_reader
+from peftkit.layers.read import AdaptedWeight
 
 
 class LoRALinear(AdapterLayer):
@@ -190,7 +192,17 @@ class LoRALinear(AdapterLayer):
 
     # ----------------------------------------------------------------------------------------------------------- merging
 
-    @torch.no_grad()
+    @property
+    def weight(self) -> Tensor:
+        """What a model gets that reads the weight instead of calling the layer: arithmetic with it is arithmetic with W + s B A."""
+        base = self.base_layer
+        if not (self.enabled and self.active) or quant.is_quantized(base):
+            return base.weight
+        return self._stored() if torch.compiler.is_compiling() else AdaptedWeight.of(base.weight, self._stored)
+
+    def _stored(self) -> Tensor:
+        return as_stored(self.base_layer, self._adapted(dense_weight(self.base_layer)))
+
     def delta(self) -> Tensor:
         """s B A (out, in) of the active adapters, fp32 at least: trl's SFTTrainer makes the masters bf16 on a quantised base."""
         a, b = self.factors()
@@ -200,14 +212,16 @@ class LoRALinear(AdapterLayer):
     @torch.no_grad()
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         weight = dense_weight(self.base_layer) if weight is None else weight
-        if not self.active:
-            return weight
+        return self._adapted(weight) if self.active else weight
+
+    def _adapted(self, weight: Tensor) -> Tensor:
         delta = self.delta()
         exact = weight.to(delta.dtype)
         total = exact + delta
         if self.dora:
-            norm = dora_norm(exact, row_squares(exact), *self.factors(), self.scale)
-            total *= gain_of(self.magnitude(self.active[0]), norm)[:, None]
+            with torch.no_grad():
+                norm = dora_norm(exact, row_squares(exact), *self.factors(), self.scale)
+            total = total * gain_of(self.magnitude(self.active[0]), norm)[:, None]
         return total.to(weight.dtype)
 
     def merged(self, weight: Tensor | None = None) -> nn.Module:

@@ -9,22 +9,16 @@ import torch
 from torch import nn
 
 from peftkit import quant
-from peftkit.layers import trainable_parameters
-from peftkit.methods import Group, Method, attachment
+from peftkit.methods import Group, find_attachment, parameter_groups
 
 Schedule = Callable[[int], float]
 
 
-def optimizer_groups(model: nn.Module, methods: list[Method], learning_rate: float, weight_decay: float) -> list[Group]:
-    """One group per role of what trains, as the methods want them; every group has the weight decay."""
-    by_role: dict[str, list[nn.Parameter]] = {}
-    for _, role, parameter in trainable_parameters(model):
-        by_role.setdefault(role, []).append(parameter)
-    if not by_role:
+def optimizer_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[Group]:
+    """One group per adapter and role of what trains, as the attached methods want them; every group has the weight decay."""
+    groups = parameter_groups(model, find_attachment(model), learning_rate, weight_decay)
+    if not groups:
         raise ValueError("nothing trains in this model; call peftkit.attach first, or unfreeze what is to train")
-    groups: list[Group] = [{"role": role, "params": params, "lr": learning_rate, "weight_decay": weight_decay} for role, params in by_role.items()]
-    for method in methods:
-        groups = method.param_groups(groups)
     return groups
 
 
@@ -36,8 +30,9 @@ def build_optimizer(
     optimizer: "adamw"; "paged_adamw_8bit" (bitsandbytes, GPU only); "auto" takes the paged one where a method prefers
     it and the model is on a GPU. Raises ValueError where nothing trains.
     """
-    methods = attachment(model).methods if "_peftkit" in vars(model) else []
-    groups = optimizer_groups(model, methods, learning_rate, weight_decay)
+    groups = optimizer_groups(model, learning_rate, weight_decay)
+    record = find_attachment(model)
+    methods = record.methods if record is not None else []
     on_gpu = groups[0]["params"][0].is_cuda
     if optimizer == "auto":
         optimizer = "paged_adamw_8bit" if on_gpu and any(method.paged_optimizer for method in methods) else "adamw"

@@ -65,7 +65,7 @@ def test_nothing_to_train_is_an_error():
         pk.build_optimizer(model)
     pk.attach(model, pk.NEFTune())
     with pytest.raises(ValueError, match="nothing trains"):
-        optimizer_groups(model, [], 1e-3, 0.0)
+        optimizer_groups(model, 1e-3, 0.0)
 
 
 def test_paged_optimizer_needs_a_gpu_and_names_are_known(saved_llama):

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from peftkit.config import ConfigError, Source, suggest, validate
-from peftkit.methods.base import Group, Handle, Method
+from peftkit.methods.base import Attachment, Group, Handle, Method
 from peftkit.methods.dora import DoRA
 from peftkit.methods.lora import LoRA
 from peftkit.methods.loraplus import LoRAPlus
 from peftkit.methods.neftune import NEFTune
 from peftkit.methods.on_model import (
-    Attachment,
-    Summary,
     active_adapters,
     adapters_disabled,
     attach,
@@ -21,9 +19,11 @@ from peftkit.methods.on_model import (
     delete_adapter,
     describe,
     detach,
+    find_attachment,
     set_adapter,
 )
 from peftkit.methods.qlora import QLoRA
+from peftkit.methods.summary import Summary, parameter_groups
 
 REGISTRY: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -83,8 +83,10 @@ __all__ = [
     "delete_adapter",
     "describe",
     "detach",
+    "find_attachment",
     "from_recipe",
     "method_name",
+    "parameter_groups",
     "set_adapter",
     "to_recipe",
 ]

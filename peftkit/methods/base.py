@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
@@ -11,7 +12,7 @@ from peftkit.config import Config
 from peftkit.layers import ADAPTER
 from peftkit.quant import Quantization
 
-Group = dict[str, Any]  # an optimizer group: name, role, params, lr, weight_decay
+Group = dict[str, Any]  # an optimizer group: adapter, role, params, lr, weight_decay
 
 
 class Method(Config):
@@ -34,8 +35,8 @@ class Method(Config):
         """Changes the model in place, layers under the name `adapter`; returns what undoes it, where restoring modules does not."""
         return None
 
-    def peft_config(self, targets: list[str], model: nn.Module) -> Any:
-        """peft's config for the adapter of this method on the modules `targets`; None where it puts in no layers."""
+    def peft_config(self, targets: list[str], model: nn.Module, adapter: str = ADAPTER) -> Any:
+        """peft's config for the adapter `adapter` of this method on the modules `targets`; None where it puts in no layers."""
         return None
 
     def param_groups(self, groups: list[Group]) -> list[Group]:
@@ -57,3 +58,18 @@ class Handle(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
+
+
+@dataclass
+class Attachment:
+    """What `attach` left on a model: the methods of every adapter, their handles, and what trained before."""
+
+    by_adapter: dict[str, list[Method]] = field(default_factory=dict)
+    handles: dict[str, Handle] = field(default_factory=dict)
+    """By the name of the method: one of a kind acts on a model, whichever adapter is active."""
+    trained_before: list[str] = field(default_factory=list)
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods of all adapters."""
+        return [method for methods in self.by_adapter.values() for method in methods]

@@ -223,8 +223,8 @@ def test_peft_names_of_the_parameters(method):
 def test_an_adapter_layer_without_its_parts_cannot_be_made():
     with pytest.raises(TypeError, match="abstract"):
         AdapterLayer(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="unknown adapter 'other'"):
-        adapted("lora", "linear").linear.set_adapter("other")
+    with pytest.raises(ValueError, match="unknown adapter 'other'; there is 'default'"):
+        adapted("lora", "linear").linear.delete("other")
 
 
 # -------------------------------------------------------------------------------------------------------------- formula

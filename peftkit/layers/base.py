@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftkit.layers.frozen import dense_weight
+
 ADAPTER = "default"  # the name of the first adapter, peft's default
 
 
@@ -26,6 +28,8 @@ class Spec:
     dropout: float = 0.0
     dora: bool = False
     """Whether the row lengths of W + s B A are trained as a magnitude of their own."""
+    bias: bool = False
+    """Whether the bias of the frozen module is trained too, in a copy."""
 
 
 class Trained(NamedTuple):
@@ -37,7 +41,7 @@ class Trained(NamedTuple):
     """Its name within the layer, as in named_parameters."""
     key: str
     """Its key within the layer in peft's adapter files."""
-    parameter: nn.Parameter
+    parameter: nn.Parameter  # in `written` any tensor
     dtype: torch.dtype | None = None
     """What it is written in, where that is not its own dtype: a module trained whole in fp32 goes to the file as the base has it."""
 
@@ -74,12 +78,15 @@ class AdapterLayer(nn.Module, ABC):
     """Whether target_modules="all-linear" adapts the modules that this kind stands for."""
 
     base_layer: Any  # a module of one of several libraries
+    part: str = ""
+    """The parameter of the module that this layer adapts, empty where it stands for the whole."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.specs: dict[str, Any] = {}
         self.active: list[str] = []
+        self.chosen: list[str] = []  # the active adapters of the whole model, whether or not this layer has them
         self.enabled = True
         self.train(base_layer.training)
 
@@ -99,9 +106,11 @@ class AdapterLayer(nn.Module, ABC):
 
     def delete(self, adapter: str) -> None:
         """Takes an adapter and its parameters out. Raises ValueError where there is none of this name."""
-        self._known([adapter])
+        if adapter not in self.specs:
+            raise ValueError(f"unknown adapter {adapter!r}; there is {', '.join(map(repr, self.specs)) or 'none'}")
         del self.specs[adapter]
         self.active = [name for name in self.active if name != adapter]
+        self.chosen = [name for name in self.chosen if name != adapter]
         for child in self.children():
             if isinstance(child, (nn.ModuleDict, nn.ParameterDict)) and adapter in child:
                 del child[adapter]
@@ -109,6 +118,18 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def role_parameters(self, adapter: str = ADAPTER) -> list[Trained]:
         """All that one adapter trains here."""
+
+    def written(self, adapter: str) -> list[Trained]:
+        """What a file of the adapter holds of this layer: what it trains, or what computes the same on the base as it is."""
+        return self.role_parameters(adapter)
+
+    def target(self, name: str) -> str:
+        """What `find_targets` calls that which this layer, which stands at `name`, adapts."""
+        return name
+
+    def original(self, model: nn.Module, name: str) -> Tensor:
+        """The weight that stands at `name`, where this layer is, in a plain copy of its model; `merged_weight` takes it."""
+        return dense_weight(model.get_submodule(name))
 
     @abstractmethod
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
@@ -130,36 +151,34 @@ class AdapterLayer(nn.Module, ABC):
             raise ValueError(f"there is an adapter {adapter!r} already")
         self.specs[adapter] = spec
         if len(self.specs) == 1:
-            self.active = [adapter]
-
-    def _known(self, adapters: Sequence[str]) -> None:
-        for adapter in adapters:
-            if adapter not in self.specs:
-                raise ValueError(f"unknown adapter {adapter!r}; there is {', '.join(map(repr, self.specs)) or 'none'}")
+            self.active, self.chosen = [adapter], [adapter]
 
     # transformers reaches adapter layers through these (`disable_adapters`, `set_adapter`, `save_pretrained`, ...).
     @property
     def active_adapter(self) -> list[str]:
-        return self.active
+        return self.chosen
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.active
+        return self.chosen
 
     def enable_adapters(self, enabled: bool) -> None:
         self.enabled = enabled
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes these adapters the active ones: they apply, summed, and train (unless `inference_mode`); others rest."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._known(names)
-        self.active = names
+        """Makes these adapters the active ones: they apply, summed, and train (unless `inference_mode`); others rest.
+
+        Those that this layer does not have stand in others.
+        """
+        self.chosen = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.active = [adapter for adapter in self.chosen if adapter in self.specs]
         for adapter in self.specs:
             for trained in self.role_parameters(adapter):
-                trained.parameter.requires_grad_(adapter in names and not inference_mode)
+                trained.parameter.requires_grad_(adapter in self.active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.delete(adapter_name)
+        if adapter_name in self.specs:
+            self.delete(adapter_name)
 
     def face(self) -> nn.Module:
         """The module whose attributes the surrounding model reads and writes here."""
@@ -199,9 +218,32 @@ def trainable_parameters(model: nn.Module) -> Iterator[RoleParameter]:
             yield RoleParameter(name, declared.get(name, "full"), parameter)
 
 
+def by_file_key(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Trained]:
+    """What one adapter trains, by its keys in peft's files: `<module>.lora_A.weight`, ..."""
+    return {
+        f"{name}.{trained.key}": trained
+        for name, layer in adapter_layers(model).items()
+        if adapter in layer.specs
+        for trained in layer.role_parameters(adapter)
+    }
+
+
+def file_tensors(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Tensor]:
+    """One adapter by its keys in peft's files, in the dtypes of the files; what is shared stands there under each of its keys."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, layer in adapter_layers(model).items():
+        for trained in layer.written(adapter) if adapter in layer.specs else ():
+            tensor = trained.parameter.detach().to(trained.dtype or trained.parameter.dtype).contiguous()
+            found[f"{name}.{trained.key}"] = tensor.clone() if id(trained.parameter) in seen else tensor
+            seen.add(id(trained.parameter))
+    return found
+
+
 def refuse_stacked_dora(layer: AdapterLayer, adapters: str | Sequence[str]) -> None:
-    """Raises ValueError where a DoRA adapter is among several that shall be active together."""
-    if not isinstance(adapters, str) and len(adapters) > 1 and any(layer.specs[name].dora for name in adapters if name in layer.specs):
+    """Raises ValueError where a DoRA adapter of the layer is among several of it that shall be active together."""
+    here = [layer.specs[name] for name in ([adapters] if isinstance(adapters, str) else adapters) if name in layer.specs]
+    if len(here) > 1 and any(spec.dora for spec in here):
         raise ValueError("a DoRA adapter scales whole rows of the weight and cannot be stacked with others; make it active alone, or merge it")
 
 

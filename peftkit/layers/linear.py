@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peftkit import quant
 from peftkit.kernels import composed, dora_norm, fingerprint, gain_of, linear, shared_down
-from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype
+from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype, refuse_stacked_dora
+from peftkit.layers.bias import bias_copy
 from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares, weight_reader
 from peftkit.layers.read import AdaptedWeight
 
@@ -35,6 +36,7 @@ class LoRALinear(AdapterLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
         self.lora_A, self.lora_B, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.biases = nn.ModuleDict()  # trained in place of the base's own
         self.starts: dict[str, tuple[Tensor, Tensor]] = {}  # A and B that an initialisation takes off again, so that step 0 is the base
         self.shared: SharedInput | None = None
         self._squares: tuple[Any, Tensor] | None = None
@@ -56,17 +58,16 @@ class LoRALinear(AdapterLayer):
         self.lora_B[adapter] = Factor(torch.zeros(outputs, spec.r, dtype=dtype, device=weight.device))
         if spec.dora:
             self.lora_magnitude_vector[adapter] = Factor(self.squares().sqrt().to(dtype))
+        if spec.bias and self.base_layer.bias is not None:
+            self.biases[adapter] = bias_copy(self.base_layer)
 
     def delete(self, adapter: str) -> None:
         super().delete(adapter)
         self.starts.pop(adapter, None)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._known(names)
-        if len(names) > 1 and any(self.specs[name].dora for name in names):
-            raise ValueError("a DoRA adapter scales whole rows of the weight and cannot be stacked with others; make it active alone, or merge it")
-        super().set_adapter(names, inference_mode)
+        refuse_stacked_dora(self, adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
 
     def a(self, adapter: str = ADAPTER) -> nn.Parameter:
         return held(self, "lora_A", adapter)
@@ -86,7 +87,14 @@ class LoRALinear(AdapterLayer):
         ]
         if self.specs[adapter].dora:
             found.append(Trained("magnitude", f"lora_magnitude_vector.{adapter}.weight", "lora_magnitude_vector", self.magnitude(adapter)))
+        if adapter in self.biases:
+            found.append(Trained("bias", f"biases.{adapter}.weight", "base_layer.bias", held(self, "biases", adapter)))
         return found
+
+    def written(self, adapter: str) -> list[Trained]:
+        a, b = self.plain_factors(adapter)
+        plain: dict[str, Any] = {"A": a.detach(), "B": b.detach()}
+        return [trained._replace(parameter=plain.get(trained.role, trained.parameter)) for trained in self.role_parameters(adapter)]
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -102,22 +110,32 @@ class LoRALinear(AdapterLayer):
             y = self._fused(base, through, h=h)
         else:
             y = self._fused(base, x.to(dtype), a=self.factors()[0], dropout=self.dropout())
+        if self._modules["biases"] and (trained := self._trained_bias()) is not None:
+            y = y + (trained - base.bias).to(y.dtype)
         return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def _trained_bias(self) -> Tensor | None:
+        return next((held(self, "biases", adapter) for adapter in self.active if adapter in self.biases), None)
+
+    def plain_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A and B of one adapter as an ordinary LoRA's; where a start is taken off, of rank 2 r.
+
+        B A - B0 A0 = (B - B0) A + B0 (A - A0): at the start that is 0 to the bit, and half precision rounds what was learnt
+        instead of the large start.
+        """
+        a, b = self.a(adapter), self.b(adapter)
+        if adapter not in self.starts:
+            return a, b
+        start_a, start_b = self.starts[adapter] = (self.starts[adapter][0].to(a), self.starts[adapter][1].to(b))
+        return torch.cat([a, a - start_a]), torch.cat([b - start_b, start_b], 1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of the active adapters side by side, every scale but the first one's folded into B."""
-        if len(self.active) == 1 and self.active[0] not in self.starts:
-            return self.a(self.active[0]), self.b(self.active[0])
-        a, b = [], []
-        for adapter in self.active:
-            relative = self.specs[adapter].scale / self.scale
-            a.append(self.a(adapter))
-            b.append(self.b(adapter) * relative)
-            if adapter in self.starts:
-                start_a, start_b = self.starts[adapter]
-                a.append(start_a.to(a[-1]))
-                b.append(-relative * start_b.to(b[-1]))
-        return torch.cat(a), torch.cat(b, 1)
+        if len(self.active) == 1:
+            return self.plain_factors(self.active[0])
+        pairs = [self.plain_factors(adapter) for adapter in self.active]
+        scales = [self.specs[adapter].scale / self.scale for adapter in self.active]
+        return torch.cat([a for a, _ in pairs]), torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], 1)
 
     @property
     def scale(self) -> float:
@@ -225,7 +243,10 @@ class LoRALinear(AdapterLayer):
         return total.to(weight.dtype)
 
     def merged(self, weight: Tensor | None = None) -> nn.Module:
-        return plain_linear(self.base_layer, self.merged_weight(weight))
+        plain: Any = plain_linear(self.base_layer, self.merged_weight(weight))
+        if (trained := self._trained_bias()) is not None:
+            plain.bias = nn.Parameter(trained.detach().to(plain.bias.dtype, copy=True), requires_grad=False)
+        return plain
 
 
 def _needs_autograd(base: Any) -> bool:

@@ -26,6 +26,8 @@ _WHERE = {
     "LoRAPlus": "peftkit.methods",
     "NEFTune": "peftkit.methods",
     "merge": "peftkit.merge",
+    "adopt": "peftkit.adopt",
+    "release": "peftkit.adopt",
     "save_adapter": "peftkit.checkpoint",
     "load_adapter": "peftkit.checkpoint",
     "build_optimizer": "peftkit.optim",
@@ -33,6 +35,8 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
+    from peftkit.adopt import adopt as adopt
+    from peftkit.adopt import release as release
     from peftkit.checkpoint import load_adapter as load_adapter
     from peftkit.checkpoint import save_adapter as save_adapter
     from peftkit.merge import merge as merge

@@ -90,6 +90,10 @@ class SavedModule(AdapterLayer):
         cast = {name: p.to(stored[name].dtype) for name, p in trained.named_parameters() if p.dtype != stored[name].dtype}
         return functional_call(trained, cast, args, kwargs) if cast else trained(*args, **kwargs)
 
+    def original(self, model: nn.Module, name: str) -> Tensor:
+        """Any weight of the module: the copy replaces it as a whole."""
+        return next(model.get_submodule(name).parameters())
+
     @torch.no_grad()
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """The trained weight in the dtype of the frozen one; `weight` would be replaced as a whole."""
@@ -159,10 +163,10 @@ class TrainedTokens(AdapterLayer):
             return base(*args, **kwargs)
         rows, delta = self.rows[self.active[0]], self.delta(self.active[0])
         if isinstance(base, nn.Linear):
-            [x] = args
-            bias = None if base.bias is None else base.bias[rows.tokens]
-            y = base(x)  # (..., V)
-            return y.index_copy_(-1, rows.tokens, F.linear(x, delta.to(base.weight.dtype), bias).to(y.dtype))
+            y = base(*args)  # (..., V)
+            # The difference is added, so that outputs are the base's bit for bit until a row has moved.
+            moved = delta.to(base.weight.dtype).to(delta.dtype) - base.weight.detach()[rows.tokens]  # (n, d)
+            return y.index_add_(-1, rows.tokens, F.linear(args[0], moved.to(args[0].dtype)).to(y.dtype))
         scale = row_scale(base)
         if scale is None:
             return functional_call(base, {"weight": self._replaced(base.weight)}, args, kwargs)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,127 +18,171 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftkit.config import ConfigError, suggest
-from peftkit.layers import ADAPTER, adapter_layers, is_linear
-from peftkit.methods import DoRA, LoRA, attach, attachment, to_recipe
+from peftkit.adapter_file import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PREFIX, AdapterFile, CheckpointError, checksum, differs, identity, read_folder
+from peftkit.config import suggest
+from peftkit.layers import ADAPTER, adapter_layers, by_file_key, candidates, file_tensors, from_file_modules
+from peftkit.methods import LoRA, attach, attachment, delete_adapter, find_attachment, to_recipe
+from peftkit.methods.base import Method
 
-ADAPTER_FILE, CONFIG_FILE, CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "peftkit.json"
-PREFIX = "base_model.model."
-
-
-class CheckpointError(RuntimeError):
-    """What was written cannot be read back, or what is read does not belong to this model."""
+__all__ = [
+    "ADAPTER_FILE", "CARD_FILE", "CONFIG_FILE", "PREFIX", "CheckpointError", "adapter_state", "checkpoints", "load_adapter", "load_checkpoint",
+    "restore_parameters", "save_adapter", "save_checkpoint",
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- adapter files
 
 
-def _by_key(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter by peft's file keys: `base_model.model.<module>.lora_A.weight`, ..."""
-    return {
-        f"{PREFIX}{name}.{trained.key}": trained.parameter
-        for name, layer in adapter_layers(model).items()
-        if adapter in layer.specs
-        for trained in layer.role_parameters(adapter)
-    }
-
-
 def adapter_state(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Tensor]:
-    """The adapter by peft's file keys, on the CPU."""
-    return {key: parameter.detach().cpu().contiguous() for key, parameter in _by_key(model, adapter).items()}
+    """The adapter by peft's file keys, on the CPU: `base_model.model.<module>.lora_A.weight`, ..."""
+    return {f"{PREFIX}{key}": tensor.cpu() for key, tensor in file_tensors(model, adapter).items()}
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Writes the adapter as peft does (`PeftModel.from_pretrained` reads it), reads it back and compares.
+def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
+    """Writes an adapter as peft does (`PeftModel.from_pretrained` reads it), reads it back and compares.
 
-    Raises ValueError where the model has no adapter layers, CheckpointError where the file read back differs.
+    adapter: its name; by default the active one. Raises ValueError where the model has no adapter layers, where several
+    adapters could be meant, or where the weights are not finite; CheckpointError where the file read back differs.
     """
     folder = Path(folder)
     record = attachment(model)
-    state = adapter_state(model)
+    adapter = _meant(model, list(record.by_adapter)) if adapter is None else adapter
+    if adapter not in record.by_adapter:
+        raise ValueError(f"unknown adapter {adapter!r}{suggest(adapter, record.by_adapter)} (there are: {', '.join(record.by_adapter)})")
+    state = adapter_state(model, adapter)
     if not state:
         raise ValueError("this model has no adapter layers to save (methods without layers, such as neftune, leave nothing behind)")
-    swapping = next(method for method in record.methods if isinstance(method, LoRA))
+    wild = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if wild:
+        raise ValueError(f"{len(wild)} tensors of the adapter hold NaN or infinity, such as {wild[0]}: training went astray; nothing was saved")
+    swapping = next(method for method in record.by_adapter[adapter] if isinstance(method, LoRA))
+    targets = sorted(name for name, layer in adapter_layers(model).items() if adapter in layer.specs)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD_FILE).unlink(missing_ok=True)  # it describes the file that is replaced now
     save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    swapping.peft_config(sorted(adapter_layers(model)), model).save_pretrained(str(folder))
-    card = {"methods": to_recipe(record.methods), "base": getattr(model, "name_or_path", None)}
-    (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+    swapping.peft_config(targets, model, adapter).save_pretrained(str(folder))
     written = load_file(folder / ADAPTER_FILE)
     wrong = [key for key, tensor in state.items() if key not in written or not torch.equal(written[key], tensor)]
     if wrong or written.keys() != state.keys():
         raise CheckpointError(f"{folder / ADAPTER_FILE} does not hold what was saved: {len(wrong)} tensors differ, such as {wrong[:1]}")
+    card = {"methods": to_recipe(record.by_adapter[adapter]), **identity(model), "sha256": checksum(folder / ADAPTER_FILE)}
+    (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Attaches the adapter in `folder` (ours or peft's) to `model`, or fills the one that is attached.
+def _meant(model: nn.Module, adapters: list[str]) -> str:
+    chosen = sorted({name for layer in adapter_layers(model).values() for name in layer.chosen})
+    if len(chosen) != 1 and len(adapters) != 1:
+        which = f"{' and '.join(chosen)} are active" if chosen else "none is active"
+        raise ValueError(f"this model has the adapters {', '.join(adapters)}, of which {which}; say which one: adapter=...")
+    return chosen[0] if len(chosen) == 1 else adapters[0]
 
-    All of it or nothing: raises CheckpointError naming keys that are missing, unexpected or of another shape, and
-    ConfigError where the folder is no adapter or uses what peftkit does not have.
+
+def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, another_base: bool = False) -> nn.Module:
+    """Attaches the adapter in `folder` (ours or peft's) to `model` under the name `adapter`, or fills the one of that name.
+
+    A model that has adapters gets it beside them; it rests until `set_adapter` chooses it. another_base: load it although
+    the weights of the base are not those it was trained on.
+
+    All of it or nothing: raises CheckpointError where the files are damaged or do not fit, naming keys that are missing,
+    unexpected or of another shape, and ConfigError where the folder is no adapter or uses what peftkit does not have.
     """
-    folder = Path(folder)
-    config = _read_peft_config(folder)
+    file = read_folder(Path(folder))
+    if not another_base:
+        _check_base(model, file)
+    record = find_attachment(model)
+    attached = record.by_adapter.get(adapter) if record is not None else None
+    method = file.method(_low_rank(model, file), _whole(file.config, file.state))
+    if attached is None:
+        attach(model, method, adapter)
+    else:
+        _check_scales(file, method, attached)
     try:
-        state = load_file(folder / ADAPTER_FILE)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / ADAPTER_FILE} cannot be read ({error})") from error
-    fresh = not adapter_layers(model)
-    if fresh:
-        names = sorted({key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in state})
-        linears = {name for name, module in model.named_modules() if is_linear(module)}
-        unknown = [name for name in names if name not in linears]
-        if unknown:
-            raise CheckpointError(
-                f"{folder} adapts {len(unknown)} modules that this {type(model).__name__} does not have, such as {unknown[0]!r}"
-                f"{suggest(unknown[0], sorted(linears))}; it belongs to {config.get('base_model_name_or_path') or 'another base'}"
-            )
-        attach(model, _method(config, names))
-    if not fresh:
-        stored, here = _method(config, []).scale, next(iter(adapter_layers(model).values())).specs[ADAPTER].scale
-        if stored != here:
-            raise CheckpointError(f"{folder} scales its update by {stored:g}, the attached adapter by {here:g} (alpha, r, rslora); detach it first")
-    wanted = _by_key(model, ADAPTER)
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(wanted[k].shape)} here" for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    if missing or unexpected or shapes:
-        from peftkit.methods import detach
-
-        if fresh:
-            detach(model)
-        problems = [f"missing: {', '.join(missing[:3])}"] * bool(missing) + [f"unexpected: {', '.join(unexpected[:3])}"] * bool(unexpected)
-        raise CheckpointError(f"{folder} does not fit this model, nothing was loaded ({'; '.join(problems + shapes[:3])})")
+        wanted = _wanted(model, file, adapter)
+    except CheckpointError:
+        if attached is None:
+            delete_adapter(model, adapter)
+        raise
     with torch.no_grad():
         for key, parameter in wanted.items():
-            parameter.copy_(state[key])
+            if key in file.state:
+                parameter.copy_(file.state[key])
     return model
 
 
-def _read_peft_config(folder: Path) -> dict[str, Any]:
-    for name in (CONFIG_FILE, ADAPTER_FILE):
-        if not (folder / name).exists():
-            hint = f"; there is one in {folder / 'adapter'}" if (folder / "adapter" / name).exists() else ""
-            raise ConfigError(f"{folder} is no adapter folder: it holds no {name}{hint}")
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder / CONFIG_FILE}: peft_type {config.get('peft_type')!r} is not LoRA or DoRA, which is what peftkit has")
-    # Options that change what the adapter computes and that peftkit does not have: loading would be silently wrong.
-    for key, neutral in {"bias": "none", "lora_bias": False, "modules_to_save": None, "rank_pattern": None, "alpha_pattern": None,
-                         "layer_replication": None, "trainable_token_indices": None, "target_parameters": None, "use_qalora": False,
-                         "use_bdlora": None, "alora_invocation_tokens": None, "kasa_config": None, "arrow_config": None}.items():  # fmt: skip
-        if config.get(key) not in (neutral, None, {}, []):
-            raise ConfigError(f"{folder / CONFIG_FILE}: {key}: {config[key]!r} is not supported")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise ConfigError(f"{folder / CONFIG_FILE}: init_lora_weights: {start!r} changed the base it was trained on; convert it with peft first")
-    return config
+def _check_base(model: nn.Module, file: AdapterFile) -> None:
+    """Raises CheckpointError where the adapter was trained on other weights; where only the names differ, warns.
+
+    The name alone is no proof: a base that was moved or mirrored has another one.
+    """
+    here = getattr(model, "name_or_path", None)
+    told = file.card.get("base") or file.config.get("base_model_name_or_path")
+    if difference := differs(model, file.card):
+        raise CheckpointError(
+            f"{file.folder} was trained on another base than this {type(model).__name__}: {difference} ({told or 'unnamed'} there, {here or 'unnamed'} here). "
+            "Load it on its own base, or give another_base=True"
+        )
+    hub = told and here and not Path(told).exists() and not Path(here).exists()
+    if hub and "weights" not in file.card and told != here:
+        warnings.warn(f"{file.folder} was trained on {told}, and this model is {here}; its shapes fit, which does not make it the same base", stacklevel=3)
 
 
-def _method(config: dict[str, Any], names: list[str]) -> LoRA:
-    kind = DoRA if config.get("use_dora") else LoRA
-    return kind(
-        r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False), target_modules=names
-    )
+def _low_rank(model: nn.Module, file: AdapterFile) -> list[str]:
+    """The modules of the file that have a low-rank update, as `find_targets` calls them."""
+    names = sorted({key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in file.state if ".lora_" in key})
+    found = from_file_modules(names, file.config.get("target_parameters") or [], model)
+    there = candidates(model)
+    unknown = [name for name in found if name not in there]
+    if unknown:
+        raise CheckpointError(
+            f"{file.folder} adapts {len(unknown)} modules that this {type(model).__name__} does not have, such as {unknown[0]!r}"
+            f"{suggest(unknown[0], sorted(there))}; it belongs to {file.config.get('base_model_name_or_path') or 'another base'}"
+        )
+    return found
+
+
+def _check_scales(file: AdapterFile, method: LoRA, attached: Sequence[Method]) -> None:
+    here = next((found for found in attached if isinstance(found, LoRA)), None)
+    for name in method.target_modules if here is not None else ():
+        stored, scale = method.spec(name).scale, here.spec(name).scale
+        if not math.isclose(stored, scale, rel_tol=1e-6):
+            raise CheckpointError(
+                f"{file.folder} scales its update of {name} by {stored:g}, the attached adapter by {scale:g} (alpha, r, rslora); detach it first"
+            )
+
+
+def _wanted(model: nn.Module, file: AdapterFile, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter by key. Raises CheckpointError where the file holds others."""
+    state = file.state
+    wanted = {f"{PREFIX}{key}": trained.parameter for key, trained in by_file_key(model, adapter).items()}
+    present = {id(wanted[key]) for key in state if key in wanted}  # a weight that modules share may stand there once
+    missing = sorted(key for key, parameter in wanted.items() if key not in state and id(parameter) not in present)
+    unexpected = sorted(key for key in state if key not in wanted and not _is_frozen(model, key, state[key]))
+    shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(wanted[k].shape)} here" for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or unexpected or shapes:
+        problems = [f"missing: {', '.join(missing[:3])}"] * bool(missing) + [f"unexpected: {', '.join(unexpected[:3])}"] * bool(unexpected)
+        says = [f"{CONFIG_FILE} says r = {file.config['r']}"] * bool(shapes)
+        raise CheckpointError(f"{file.folder} does not fit this model, nothing was loaded ({'; '.join(problems + shapes[:3] + says)})")
+    return wanted
+
+
+def _whole(config: dict[str, Any], state: dict[str, Tensor]) -> list[str]:
+    """The modules of the file that were trained as a whole, by name. Like peft's, an entry of modules_to_save is the end of a name."""
+    found = set()
+    for key in state:
+        parts = key.removeprefix(PREFIX).split(".")
+        names = [".".join(parts[:i]) for i in range(1, len(parts))]
+        found |= {name for name in names if name.endswith(tuple(config.get("modules_to_save") or ()))} if ".lora_" not in key else set()
+    return sorted(found)
+
+
+def _is_frozen(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether this is a frozen weight, the same as the model's: peft writes embeddings along where they were adapted or resized."""
+    try:
+        parameter = model.get_parameter(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    except AttributeError:
+        return False
+    return parameter.shape == tensor.shape and torch.equal(parameter.detach().cpu(), tensor.to(parameter.dtype))
 
 
 # --------------------------------------------------------------------------------------------------- training checkpoints

@@ -120,7 +120,7 @@ class LoRA(Method):
         if self.layers_to_transform is not None:
             found = {name: found[name] for name in self._in_layers(found)}
         for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            used = {_deciding(patterns, name) for name in found}
+            used = {deciding(patterns, name) for name in found}
             for pattern in patterns:
                 if pattern not in used:
                     endings = sorted({name.rsplit(".", 1)[-1] for name in found})
@@ -156,6 +156,9 @@ class LoRA(Method):
         for name, module in found.items():
             adapt(model, name, module, adapter, self.spec(name))
         layers = {name: layer for name, layer in adapter_layers(model).items() if adapter in layer.specs}
+        for name, layer in layers.items():
+            if self.bias != "none" and not isinstance(layer, LoRALinear) and isinstance(getattr(layer.base_layer, "bias", None), nn.Parameter):
+                raise ValueError(f"bias: the bias of {name}, a {type(layer.base_layer).__name__}, cannot be trained; use bias: none, or leave it out")
         start(model, layers, adapter, self.init, self.init_weights)
         share_inputs(model)
         save_modules(model, whole, adapter, self.ensure_weight_tying)
@@ -225,11 +228,11 @@ class LoRA(Method):
 
 
 def _first(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
-    pattern = _deciding(patterns, name)
+    pattern = deciding(patterns, name)
     return default if pattern is None else patterns[pattern]
 
 
-def _deciding(patterns: Iterable[str], name: str) -> str | None:
+def deciding(patterns: Iterable[str], name: str) -> str | None:
     """The first pattern that matches the end of a module's name, from a dot on, as peft reads them."""
     return next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), None)
 

@@ -34,14 +34,14 @@ def zero_at_random_(x: Tensor, p: float, seed: int) -> Tensor:
     On a CPU the gaps between zeroed elements are drawn (they are geometric), p * n random numbers instead of n.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
-    if x.is_cuda:
+    if x.device.type != "cpu":
         return x.mul_(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator))
     end, total = 0, x.numel()
     places = x.view(-1)
     while end < total:
         expected = (total - end) * p
         u = torch.rand(int(expected + 4 * math.sqrt(expected)) + 8, generator=generator, dtype=torch.float64 if p < 1e-4 else torch.float32)
-        gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).to(torch.int64).add_(1)  # each at least 1
+        gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=total).to(torch.int64).add_(1)  # each at least 1
         position = gaps.cumsum_(0).add_(end - 1)
         places.index_fill_(0, position[: int(torch.searchsorted(position, total))], 0)
         end = int(position[-1]) + 1
@@ -278,15 +278,13 @@ def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: floa
 def fingerprint(*tensors: Tensor) -> tuple[int, ...]:
     """A number for the exact bits of each tensor, whatever wrote them. It reads every element: for r-wide factors only.
 
-    Each 8 bytes are multiplied by an odd constant of their own and summed modulo 2^64: a change of one element always
-    shows, a change of several is missed with probability 2^-32 at most.
+    Each 4 bytes are multiplied by an odd constant of their own and summed modulo 2^64: a change of one element always
+    shows, a change of several is missed with probability 2^-31 at most, however it is made. Words as wide as the sum would
+    not do: signs that flip twice would cancel, for the highest bit is lost with every constant alike.
     """
     found = []
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        if flat.numel() * flat.element_size() % 8:
-            flat = F.pad(flat, (0, 8))[: flat.numel() // 8 * 8 + 8]
-        words = flat.view(torch.int64)
+        words = tensor.detach().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32).to(torch.int64)
         found.append(int(torch.dot(words, _odd_numbers(words.numel()))))
     return tuple(found)
 

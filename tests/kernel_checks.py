@@ -1,13 +1,15 @@
-"""What every GPU kernel must compute, written out in fp64: checked in Triton's interpreter and on GPUs by the same lines."""
+"""What the kernels must compute, written out in fp64: in plain torch, in Triton's interpreter and on GPUs by the same lines.
+
+`kernels` is the module with the functions of peftkit.kernels.dora: that one or triton_dora.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from peftkit.kernels import triton_4bit, triton_dora, triton_dropout
 
 EPS = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # two to four roundings of one number
 
@@ -40,13 +42,14 @@ class Layer:
         self.h = self.random(self.tokens, 3 * self.r)[:, self.r : 2 * self.r]  # one of three that share a product: not contiguous
         self.a, self.b = self.random(self.r, self.inputs, wide=True), self.random(self.outputs, self.r, wide=True)
         self.magnitude = self.random(self.outputs, wide=True).abs() + 0.1
-        self.gain = self.random(self.outputs, wide=True)
+        self.norm = self.random(self.outputs, wide=True).abs() + 0.1
         self.bias = self.random(self.outputs) if self.biased else None
         if self.device == "cpu":  # Triton's interpreter cuts bf16 off where torch and GPUs round: leave it nothing to round
             self.a, self.b = self.a.to(self.dtype).float(), self.b.to(self.dtype).float()
         self.weight[::3] = 0
         self.b[::6] = 0
         self.magnitude[::4] = 0
+        self.norm[::8] = 0
         self.squares = self.weight.double().square().sum(1).float()
 
     def random(self, *shape: int, wide: bool = False) -> Tensor:
@@ -57,26 +60,30 @@ class Layer:
         return factor.to(self.dtype).double()
 
     @property
+    def gain(self) -> Tensor:
+        return torch.where(self.norm == 0, 1, self.magnitude.double() / self.norm)
+
+    @property
     def shift(self) -> Tensor | float:
         return 0.0 if self.bias is None else self.bias.double()
 
 
-def check_compose(layer: Layer) -> None:
+def check_compose(layer: Layer, kernels: Any) -> None:
     y = layer.y.clone()
     update = layer.scale * layer.h.double() @ layer.low(layer.b).T
-    want = layer.gain.double() * (layer.y.double() + update) + layer.shift
-    size = layer.gain.double().abs() * (layer.y.double().abs() + layer.scale * layer.h.double().abs() @ layer.low(layer.b).abs().T)
-    got = triton_dora.compose_(y, layer.h, layer.b, layer.scale, layer.gain, layer.bias)
+    want = layer.gain * (layer.y.double() + update) + layer.shift
+    size = layer.gain * (layer.y.double().abs() + layer.scale * layer.h.double().abs() @ layer.low(layer.b).abs().T)
+    got = kernels.compose_(y, layer.h, layer.b, layer.scale, layer.magnitude, layer.norm, layer.bias)
     assert got is y
     close(y, want, layer.dtype, size=EPS[torch.float32] / EPS[layer.dtype] * size)
 
 
-def check_compose_backward(layer: Layer) -> None:
-    scaled, grad_magnitude, grad_bias = triton_dora.compose_backward(
-        layer.grad, layer.y, layer.gain, layer.magnitude, layer.bias, need_magnitude=True, need_bias=layer.biased
+def check_compose_backward(layer: Layer, kernels: Any) -> None:
+    scaled, grad_magnitude, grad_bias = kernels.compose_backward(
+        layer.grad, layer.y, layer.magnitude, layer.norm, layer.bias, need_magnitude=True, need_bias=layer.biased
     )
     g = layer.grad.double()
-    close(scaled, g * layer.gain.double(), layer.dtype)
+    close(scaled, g * layer.gain, layer.dtype)
     terms = g * (layer.y.double() - layer.shift)
     m = layer.magnitude.double()
     want = torch.where(m == 0, 0, terms.sum(0) / m)
@@ -86,13 +93,13 @@ def check_compose_backward(layer: Layer) -> None:
         assert grad_bias is not None
         close(grad_bias, g.sum(0), layer.dtype, size=EPS[torch.float32] / EPS[layer.dtype] * 4 * g.abs().sum(0))
     # The same once more, bit for bit; and nothing where nothing is asked for.
-    again = triton_dora.compose_backward(layer.grad, layer.y, layer.gain, layer.magnitude, layer.bias, need_magnitude=True, need_bias=layer.biased)
+    again = kernels.compose_backward(layer.grad, layer.y, layer.magnitude, layer.norm, layer.bias, need_magnitude=True, need_bias=layer.biased)
     assert torch.equal(again[0], scaled) and torch.equal(again[1], grad_magnitude)
-    alone = triton_dora.compose_backward(layer.grad, None, layer.gain, None, None, need_magnitude=False, need_bias=False)
+    alone = kernels.compose_backward(layer.grad, None, layer.magnitude, layer.norm, None, need_magnitude=False, need_bias=False)
     assert torch.equal(alone[0], scaled) and alone[1:] == (None, None)
 
 
-def check_gain(layer: Layer) -> None:
+def check_norm(layer: Layer, kernels: Any) -> None:
     """Against the norm of the built sum. The products with W round A, so their part is exact for the rounded A."""
     w, b, s = layer.weight.double(), layer.b.double(), layer.scale
     cross, gram = w @ layer.low(layer.a).T, layer.a.double() @ layer.a.double().T
@@ -101,44 +108,49 @@ def check_gain(layer: Layer) -> None:
     if layer.dtype == torch.float32:
         built = (w + s * b @ layer.a.double()).square().sum(1)
         torch.testing.assert_close(squares, built)
-    memory = triton_dora.NormMemory.empty(layer.outputs, layer.weight.device)
-    gain = triton_dora.dora_gain(layer.weight, layer.squares, layer.a, layer.b, layer.magnitude, s, memory)
-    close(memory.norm.double().square(), squares, torch.float32, size=16 * size)
-    assert not memory.norm[::6].any() and gain[::6].eq(1).all()  # rows of zeros
-    rows = memory.norm != 0
-    close(gain[rows], layer.magnitude[rows].double() / memory.norm[rows].double(), torch.float32)
-    transposed = layer.weight.T.contiguous().T  # a Conv1D's weight, and no memory
-    assert torch.equal(triton_dora.dora_gain(transposed, layer.squares, layer.a, layer.b, layer.magnitude, s), gain)
+    memory = kernels.norm_memory(layer.weight, layer.r)
+    norm = kernels.dora_norm(layer.weight, layer.squares, layer.a, layer.b, s, memory)
+    close(norm.double().square(), squares, torch.float32, size=16 * size)
+    assert not norm[::6].any()  # rows of zeros
+    transposed = layer.weight.T.contiguous().T  # a Conv1D's weight
+    fresh = kernels.norm_memory(layer.weight, layer.r)
+    torch.testing.assert_close(kernels.dora_norm(transposed, layer.squares, layer.a, layer.b, s, fresh), norm)
 
 
-def check_memory(layer: Layer) -> None:
+def check_memory(layer: Layer, kernels: Any) -> None:
     """The norm is reused exactly while A and B keep their bits, and each single element of them counts."""
-    memory = triton_dora.NormMemory.empty(layer.outputs, layer.weight.device)
+    memory = kernels.norm_memory(layer.weight, layer.r)
 
-    def gain(weight: Tensor) -> Tensor:
-        return triton_dora.dora_gain(weight, layer.squares, layer.a, layer.b, layer.magnitude, layer.scale, memory)
+    def norm(weight: Tensor) -> Tensor:
+        return kernels.dora_norm(weight, layer.squares, layer.a, layer.b, layer.scale, memory)
 
-    first = gain(layer.weight)
+    first = norm(layer.weight)
+    before = first.clone()
     poisoned = torch.full_like(layer.weight, float("nan"))
-    assert torch.equal(gain(poisoned), first)  # W was not read: the norm is the old one
-    layer.magnitude.mul_(2)
-    doubled = torch.where(memory.norm == 0, first, 2 * first)
-    assert torch.equal(gain(poisoned), doubled)  # m is not part of the norm
+    assert torch.equal(norm(poisoned), first)  # W was not read: the norm is the old one
     for factor in (layer.a, layer.b):
         for place in {0, factor.numel() - 1}:
             bits = factor.data.view(-1).view(torch.int32)  # a write that leaves no trace on the tensor
             bits[place] ^= 1  # the last bit of one element
-            assert gain(poisoned).isnan().any(), "a changed factor must be seen"
+            assert norm(poisoned).isnan().any(), "a changed factor must be seen"
             bits[place] ^= 1
-            gain(layer.weight)
-    assert torch.equal(gain(poisoned), doubled)
+            norm(layer.weight)
+    assert torch.equal(norm(poisoned), before) and torch.equal(first, before)  # what was handed out is never written to
+    last = min(layer.a.numel(), layer.b.numel()) - 1
+    swapped = layer.a.view(-1)[last].item(), layer.b.view(-1)[last].item()
+    assert swapped[0] != swapped[1]
+    layer.b.view(-1)[last], layer.a.view(-1)[last] = swapped  # the same elements in the other factor
+    assert norm(poisoned).isnan().any()
+    norm(layer.weight)
     if layer.r > 1 and not torch.equal(layer.a[0], layer.a[-1]):
         layer.a[[0, -1]] = layer.a[[-1, 0]]  # the same elements at other places
-        assert gain(poisoned).isnan().any()
+        assert norm(poisoned).isnan().any()
 
 
 def check_4bit(layer: Layer, kind: str) -> None:
     from bitsandbytes.functional import quantize_4bit
+
+    from peftkit.kernels import triton_4bit
 
     whole = torch.randn(layer.outputs, layer.inputs, generator=layer.generator).to(layer.device)
     packed, state = quantize_4bit(whole, quant_type=kind, compress_statistics=True, blocksize=64)
@@ -160,6 +172,7 @@ def check_4bit(layer: Layer, kind: str) -> None:
 
 def check_dropout(layer: Layer, p: float, seed: int) -> None:
     """All three kernels draw one mask; it keeps the right share, anew for every seed."""
+    from peftkit.kernels import triton_dropout
 
     def mask(seed: int) -> Tensor:
         ones = torch.ones(layer.tokens, 1, device=layer.device), torch.ones(1, layer.inputs, device=layer.device)

@@ -2,30 +2,106 @@
 
 from __future__ import annotations
 
+import kernel_checks as checks
 import pytest
 import torch
 from conftest import tiny_llama, wake
 
 import peftkit as pk
+from peftkit.kernels import dora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICE = "cuda"
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def adapted(method, device: str, **options) -> torch.nn.Module:
+    """The same model and the same awake adapters on either device."""
+    model = tiny_llama(**options)
+    torch.manual_seed(0)
+    pk.attach(model, method)
+    wake(model)
+    return model.to(device)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
+    torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-3, atol=1e-3 * max(want.abs().max().item(), 1e-6), msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("method", [pk.LoRA(r=4, dropout=0.1), pk.DoRA(r=4, dropout=0.1)], ids=["lora", "dora"])
-def test_gradients_equal_those_of_the_cpu(method):
-    """Without dropout in play (eval mode) both devices compute the same."""
-    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+def test_gradients_equal_those_of_the_cpu(method, training):
+    """Dropout off, by eval mode or by the method's own field: both devices compute the same."""
+    method = method.model_copy(update={"dropout": 0.0}) if training else method
     grads = []
-    for device in ("cpu", "cuda"):
-        model = tiny_llama()
-        torch.manual_seed(0)
-        pk.attach(model, method)
-        wake(model)
-        model = model.to(device).eval()
-        model(input_ids=ids.to(device)).logits.square().sum().backward()
+    for device in ("cpu", DEVICE):
+        model = adapted(method, device).train(training)
+        model(input_ids=IDS.to(device)).logits.square().sum().backward()
         grads.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad})
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item(), msg=name)
+        close(grads[1][name], grad, name)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpoint", "reentrant"])
+@pytest.mark.parametrize("method", [pk.LoRA(r=4), pk.DoRA(r=4)], ids=["lora", "dora"])
+def test_training_follows_the_cpu(method, checkpointing):
+    """Five steps of fused AdamW, which writes without a trace, with two micro-batches each: DoRA's norm is never stale."""
+    losses = []
+    for device in ("cpu", DEVICE):
+        model = adapted(method, device).train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+        losses.append([])
+        for _ in range(5):
+            for part in IDS.to(device).split(1):
+                loss = model(input_ids=part, labels=part, use_cache=False).loss
+                loss.backward()
+                losses[-1].append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[0][-1] < losses[0][0]
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", [pk.LoRA(r=4), pk.DoRA(r=4)], ids=["lora", "dora"])
+def test_the_merged_model_computes_the_same(method, dtype):
+    model = adapted(method, DEVICE).eval()
+    model = model.to(dtype) if dtype != torch.float32 else model
+    with torch.no_grad():
+        before = model(input_ids=IDS.to(DEVICE)).logits.float()
+        pk.merge(model)
+        after = model(input_ids=IDS.to(DEVICE)).logits.float()
+    bound = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    assert (after - before).abs().max() <= bound * before.abs().max()
+
+
+@pytest.mark.parametrize("method", [pk.LoRA(r=4), pk.DoRA(r=4)], ids=["lora", "dora"])
+def test_4bit_bases_train_and_merge(method, saved_llama):
+    pytest.importorskip("bitsandbytes")
+    model, _ = pk.load(str(saved_llama), quantize="nf4")
+    model = model.to(DEVICE)
+    pk.attach(model, method)
+    ids = IDS.to(DEVICE)
+    optimizer = pk.build_optimizer(model, learning_rate=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        before = model.eval()(input_ids=ids).logits.float()
+        pk.merge(model)
+        after = model(input_ids=ids).logits.float()
+    assert (after - before).abs().max() <= 0.1 * before.abs().max()
 
 
 def test_qlora_trains_with_the_paged_optimizer(tmp_path):
@@ -40,3 +116,57 @@ def test_qlora_trains_with_the_paged_optimizer(tmp_path):
     })  # fmt: skip
     assert result.after["loss"] < result.before["loss"] / 2
     assert result.machine["gpu"] and 0 < result.train["peak_memory_bytes"] < 8 * 2**30
+
+
+# -------------------------------------------------------------------------------------------------------- Triton kernels
+
+SHAPES = [(1, 1, 1, 1), (300, 257, 190, 5), (1000, 1024, 768, 16), (33, 96, 2100, 64)]  # tokens, out, in, r
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def layer(request):
+    (tokens, outputs, inputs, r), dtype = request.param
+    layer = checks.Layer(DEVICE, dtype, tokens, outputs, inputs, r, tokens % 2 == 0, 0)
+    assert dora.triton_serves(layer.y, r), "this GPU or this installation has no use for the Triton kernels"
+    return layer
+
+
+every_layer = pytest.mark.parametrize("layer", [(shape, dtype) for shape in SHAPES for dtype in DTYPES], indirect=True, ids=str)
+
+
+@every_layer
+def test_dora_kernels(layer):
+    checks.check_compose(layer, dora)
+    checks.check_compose_backward(layer, dora)
+    checks.check_norm(layer, dora)
+    checks.check_memory(layer, dora)
+
+
+@every_layer
+def test_dropout_kernels(layer):
+    checks.check_dropout(layer, 0.1, 2**61 + 1)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("layer", [((300, 256, 192, 16), dtype) for dtype in DTYPES], indirect=True, ids=str)
+def test_4bit_products(layer, kind):
+    pytest.importorskip("bitsandbytes")
+    checks.check_4bit(layer, kind)
+
+
+def test_the_kernels_beside_plain_torch():
+    """The two ways of kernels.dora on the same tensors: what a rank too high for Triton gets is what the others get."""
+    layer = checks.Layer(DEVICE, torch.bfloat16, 128, 256, 192, 16, True, 0)
+    wide = torch.nn.functional.pad(layer.h, (0, 100)), torch.nn.functional.pad(layer.b, (0, 100))
+    assert not dora.triton_serves(layer.y, 116)
+    fused = dora.compose_(layer.y.clone(), layer.h, layer.b, 1.5, layer.magnitude, layer.norm, layer.bias)
+    plain = dora.compose_(layer.y.clone(), *wide, 1.5, layer.magnitude, layer.norm, layer.bias)
+    torch.testing.assert_close(fused, plain, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_kernels_run_where_their_tensors_are():
+    layer = checks.Layer("cuda:1", torch.float32, 33, 40, 50, 4, True, 0)
+    checks.check_compose(layer, dora)
+    checks.check_norm(layer, dora)

@@ -53,15 +53,15 @@ def test_every_kernel_compiles(capability, dtype, r, monkeypatch, tmp_path):
     driver = CompileOnly(capability)
     triton.runtime.driver.set_active(driver)
     layer = checks.Layer("cpu", dtype, 64, 256, 512, r, True, 0)
-    triton_dora.compose_(layer.y, layer.h, layer.b, 2.0, layer.gain, layer.bias)
-    triton_dora.compose_backward(layer.grad, layer.y, layer.gain, layer.magnitude, layer.bias, need_magnitude=True, need_bias=True)
-    memory = triton_dora.NormMemory.empty(256, layer.y.device)
-    triton_dora.dora_gain(layer.weight, layer.squares, layer.a, layer.b, layer.magnitude, 2.0, memory)
+    triton_dora.compose_(layer.y, layer.h, layer.b, 2.0, layer.magnitude, layer.norm, layer.bias)
+    triton_dora.compose_backward(layer.grad, layer.y, layer.magnitude, layer.norm, layer.bias, need_magnitude=True, need_bias=True)
+    memory = triton_dora.norm_memory(layer.weight, r)
+    triton_dora.dora_norm(layer.weight, layer.squares, layer.a, layer.b, 2.0, memory)
     packed = triton_4bit.Weight4bit(torch.zeros(256 * 256, dtype=torch.uint8), torch.ones(256 * 8), torch.ones(16), (256, 512), 64)
     triton_4bit.low_rank_product_4bit(layer.x, packed, layer.h, layer.b, 2.0, layer.bias)
     triton_4bit.low_rank_product_4bit(layer.grad, packed, layer.h, layer.a, 2.0, transposed=True)
     triton_dropout.dropped_product(layer.x, layer.a, 0.1, 2**61)
     triton_dropout.dropped_gradient_a(layer.x, layer.h, 0.1, 2**61)
     triton_dropout.add_dropped_product_(layer.x, layer.h, layer.a, 0.1, 2**61)
-    kernels = {"_compose", "_compose_backward", "_finish", "_survey", "_gain", "_product", "_dropped_product", "_dropped_gradient_a", "_add_dropped_product"}
+    kernels = {"_compose", "_compose_backward", "_finish", "_survey", "_norm", "_product", "_dropped_product", "_dropped_gradient_a", "_add_dropped_product"}
     assert driver.compiled == kernels

@@ -9,6 +9,8 @@ import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from peftkit.kernels import triton_dora
+
 assert triton.knobs.runtime.interpret, "run this through test_triton.py"
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,29 +25,29 @@ examples = settings(max_examples=8, deadline=None, derandomize=True, phases=[Pha
 @examples
 @given(layers)
 def test_compose(layer):
-    checks.check_compose(layer)
+    checks.check_compose(layer, triton_dora)
 
 
 @examples
 @given(layers)
 def test_compose_backward(layer):
-    checks.check_compose_backward(layer)
+    checks.check_compose_backward(layer, triton_dora)
 
 
 def test_the_sums_over_many_tokens_are_split():
     """More tokens than one program takes, in parts of different lengths."""
-    checks.check_compose_backward(checks.Layer("cpu", torch.float32, 321, 3, 2, 1, True, 0))
+    checks.check_compose_backward(checks.Layer("cpu", torch.float32, 321, 3, 2, 1, True, 0), triton_dora)
 
 
 @examples
 @given(layers)
-def test_gain(layer):
-    checks.check_gain(layer)
+def test_norm(layer):
+    checks.check_norm(layer, triton_dora)
 
 
 @pytest.mark.parametrize(("dtype", "outputs", "inputs", "r"), [(torch.float32, 37, 140, 1), (torch.float16, 130, 21, 5), (torch.bfloat16, 6, 1, 64)])
 def test_memory_of_the_norm(dtype, outputs, inputs, r):
-    checks.check_memory(checks.Layer("cpu", dtype, 1, outputs, inputs, r, False, 0))
+    checks.check_memory(checks.Layer("cpu", dtype, 1, outputs, inputs, r, False, 0), triton_dora)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

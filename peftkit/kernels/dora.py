@@ -1,8 +1,8 @@
 """DoRA's arithmetic around the products (Liu et al. 2024, arXiv 2402.09353): in plain torch, or in Triton on a GPU.
 
-    y <- g * (y + s h B^T) + b,  g = m / |W + s B A|_row
+    y <- g * (y + s h B^T) + b,  g = m / n,  n = |W + s B A|_row
 
-    y (tokens, out)   h (tokens, r)   A (r, in)   B (out, r)   W (out, in)   m, g, b (out,)
+    y (tokens, out)   h (tokens, r)   A (r, in)   B (out, r)   W (out, in)   m, n, g, b (out,)
 
 Every function chooses by the device of its tensors. Triton is imported at the first use on a GPU and never otherwise.
 """
@@ -33,38 +33,38 @@ def _triton_runs(device: int) -> bool:
     return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """y <- g * (y + s h B^T) + b, in place, for y (tokens, out) in any float dtype; B, g and b may be wider."""
+def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
+    """y <- m / n * (y + s h B^T) + b, in place, for y (tokens, out) in any float dtype; B, m, n and b may be wider."""
     if triton_serves(y, b.shape[1]) and y.stride(1) == 1:
         from peftkit.kernels import triton_dora
 
         with torch.cuda.device_of(y):
-            return triton_dora.compose_(y, h, b, scale, gain, bias)
+            return triton_dora.compose_(y, h, b, scale, magnitude, norm, bias)
     y.addmm_(h, b.to(y.dtype).T, alpha=scale)
-    scale_columns(y, gain, out=y)
+    scale_columns(y, gain_of(magnitude, norm), out=y)
     return y if bias is None else y.add_(bias)
 
 
 def compose_backward(
-    grad: Tensor, y: Tensor | None, gain: Tensor, magnitude: Tensor | None, bias: Tensor | None, *, need_magnitude: bool, need_bias: bool,
+    grad: Tensor, y: Tensor | None, magnitude: Tensor, norm: Tensor, bias: Tensor | None, *, need_magnitude: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(G g, dm, db) of `compose_` from G = dL/dy and its output y, both (tokens, out).
 
     dm = sum_t G (y - b) / m, since what g multiplied is (y - b) / g: it need not be kept. A row with m = 0 gives no
     signal. db = sum_t G. Gradients that are not needed are None; y is read for dm only.
     """
-    if triton_serves(grad, 0):
+    if triton_serves(grad, 1):
         from peftkit.kernels import triton_dora
 
         with torch.cuda.device_of(grad):
-            return triton_dora.compose_backward(grad, y, gain, magnitude, bias, need_magnitude=need_magnitude, need_bias=need_bias)
+            return triton_dora.compose_backward(grad, y, magnitude, norm, bias, need_magnitude=need_magnitude, need_bias=need_bias)
     grad_magnitude = None
     if need_magnitude:
-        assert y is not None and magnitude is not None
+        assert y is not None
         product = grad * y if bias is None else (y - bias).mul_(grad)  # subtracted first: after the sum it would cancel
         grad_magnitude = torch.where(magnitude == 0, 0, product.sum(0, dtype=magnitude.dtype) / magnitude)
     grad_bias = grad.sum(0, dtype=bias.dtype) if need_bias and bias is not None else None
-    return scale_columns(grad, gain), grad_magnitude, grad_bias
+    return scale_columns(grad, gain_of(magnitude, norm)), grad_magnitude, grad_bias
 
 
 def scale_columns(y: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
@@ -86,13 +86,21 @@ def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)
 
 
-def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Row norms (out,) of W + s B A in the dtype of `a`, fp32 at least, without building the sum.
+def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, memory: NormMemory | None = None) -> Tensor:
+    """Row norms (out,) of W + s B A in the dtype of `a`, fp32 at least, a new tensor, without building the sum.
 
     |W + s B A|^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B> per row. `squares` (out,) holds |W|^2 by row; `weight`
     (out, in) may be of lower precision, since it only enters the correction. The r-wide rest is taken in fp64: it costs
     nothing, and a correction that nearly cancels |W|^2 would lose its digits in fp32.
+
+    With a `memory` from `norm_memory` the norm is taken anew, in fp32, only where a bit of A or B has changed, whatever
+    wrote it. The GPU finds that out and acts on it; the host does not wait for it.
     """
+    if memory is not None:
+        from peftkit.kernels import triton_dora
+
+        with torch.cuda.device_of(weight):
+            return triton_dora.dora_norm(weight, squares, a, b, scale, memory)
     with torch.autocast(weight.device.type, enabled=False):
         cross = (weight @ a.to(weight.dtype).T).double()  # (out, r)
         wide_a, wide_b = a.double(), b.double()
@@ -101,29 +109,12 @@ def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: floa
 
 
 def norm_memory(weight: Tensor, r: int) -> NormMemory | None:
-    """Where `dora_gain` keeps the norm of one layer between calls; None where the Triton kernels do not serve.
+    """Where `dora_norm` keeps the norm of one layer on a GPU; None where the Triton kernels do not serve.
 
     It holds for one W, s and dtype of W: take a new one where those change. A and B it watches itself.
     """
     if not triton_serves(weight, r):
         return None
-    from peftkit.kernels.triton_dora import NormMemory
+    from peftkit.kernels import triton_dora
 
-    return NormMemory.empty(weight.shape[0], weight.device)
-
-
-@torch.no_grad()
-def dora_gain(
-    weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scale: float, memory: NormMemory | None = None,
-) -> Tensor:  # fmt: skip
-    """g = m / |W + s B A|_row (out,), a new tensor, fp32 at least; 1 where the norm is 0. `squares` as for `dora_norm`.
-
-    With a `memory` from `norm_memory`, the norm is taken anew only where a bit of A or B has changed, whatever wrote
-    it; the device decides, the host does not wait.
-    """
-    if triton_serves(weight, a.shape[0]) and a.dtype != torch.float64:
-        from peftkit.kernels import triton_dora
-
-        with torch.cuda.device_of(weight):
-            return triton_dora.dora_gain(weight, squares, a, b, magnitude, scale, memory)
-    return gain_of(magnitude, dora_norm(weight, squares, a, b, scale))
+    return triton_dora.norm_memory(weight, r)

@@ -1,8 +1,8 @@
 """DoRA in Triton, for GPUs: one pass over y and over G where library calls take three or more, and no wait for the device.
 
-    compose_            y <- g * (y + s h B^T) + b
+    compose_            y <- g * (y + s h B^T) + b,  g = m / n
     compose_backward    G g,  dm = sum_t G (y - b) / m,  db = sum_t G
-    dora_gain           g = m / |W + s B A|_row
+    dora_norm           n = |W + s B A|_row
 
 Arithmetic is in fp32 in registers whatever the dtype of y. Sums over tokens are taken in a fixed order, without atomics:
 the same inputs give the same bits. `kernels.dora` holds the same functions in plain torch and chooses; import this
@@ -37,8 +37,16 @@ def padded_rank(r: int) -> int:
 
 
 @triton.jit
+def _gain(magnitude, norm, o, outputs):
+    """g = m / n; 1 where n = 0."""
+    m = tl.load(magnitude + o, mask=o < outputs, other=0.0).to(tl.float32)
+    n = tl.load(norm + o, mask=o < outputs, other=0.0).to(tl.float32)
+    return tl.where(n == 0, 1.0, m / tl.where(n == 0, 1.0, n))
+
+
+@triton.jit
 def _compose(
-    y, h, b, gain, bias, tokens, outputs, r, stride_y, stride_h, scale,
+    y, h, b, magnitude, norm, bias, tokens, outputs, r, stride_y, stride_h, scale,
     BIAS: tl.constexpr, DOT: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -49,19 +57,19 @@ def _compose(
     update = tl.dot(low_h.to(DOT), low_b.to(h.dtype.element_ty).to(DOT), input_precision="ieee")
     place = y + t[:, None] * stride_y + o[None, :]
     inside = (t[:, None] < tokens) & (o[None, :] < outputs)
-    g = tl.load(gain + o, mask=o < outputs, other=0.0).to(tl.float32)
-    value = (tl.load(place, mask=inside, other=0.0).to(tl.float32) + scale * update) * g[None, :]
+    value = tl.load(place, mask=inside, other=0.0).to(tl.float32) + scale * update
+    value *= _gain(magnitude, norm, o, outputs)[None, :]
     if BIAS:
         value += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
     tl.store(place, value.to(y.dtype.element_ty), mask=inside)
 
 
-def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, gain: Tensor, bias: Tensor | None) -> Tensor:
+def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
     """As kernels.dora.compose_. y and h need neighbouring columns, not neighbouring rows."""
     tokens, outputs = y.shape
     r, rows, columns = b.shape[1], 64, 128
     _compose[(triton.cdiv(outputs, columns), triton.cdiv(tokens, rows))](
-        y, h, b.contiguous(), gain.contiguous(), gain if bias is None else bias, tokens, outputs, r, y.stride(0), h.stride(0), float(scale),
+        y, h, b.contiguous(), magnitude, norm, norm if bias is None else bias, tokens, outputs, r, y.stride(0), h.stride(0), float(scale),
         BIAS=bias is not None, DOT=operands(h.dtype), R=padded_rank(r), ROWS=rows, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     return y
@@ -72,12 +80,12 @@ def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, gain: Tensor, bias: 
 
 @triton.jit
 def _compose_backward(
-    grad, y, gain, bias, scaled, partial, tokens, outputs, rows_each,
+    grad, y, magnitude, norm, bias, scaled, partial, tokens, outputs, rows_each,
     BIAS: tl.constexpr, MAGNITUDE: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part, parts = tl.program_id(1), tl.num_programs(1)
-    g = tl.load(gain + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
+    g = _gain(magnitude, norm, o, outputs)[None, :]
     shift = tl.zeros((1, COLUMNS), tl.float32)
     if BIAS:
         shift = tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
@@ -124,7 +132,7 @@ def _finish(
 
 
 def compose_backward(
-    grad: Tensor, y: Tensor | None, gain: Tensor, magnitude: Tensor | None, bias: Tensor | None, *, need_magnitude: bool, need_bias: bool,
+    grad: Tensor, y: Tensor | None, magnitude: Tensor, norm: Tensor, bias: Tensor | None, *, need_magnitude: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """As kernels.dora.compose_backward."""
     grad = grad.contiguous()
@@ -136,10 +144,10 @@ def compose_backward(
     rows_each = triton.cdiv(triton.cdiv(tokens, parts), rows) * rows
     scaled = torch.empty_like(grad)
     partial = torch.empty((2, parts, outputs) if need_magnitude or need_bias else (0,), dtype=torch.float32, device=grad.device)
-    grad_magnitude = torch.empty_like(magnitude) if need_magnitude and magnitude is not None else None
+    grad_magnitude = torch.empty_like(magnitude) if need_magnitude else None
     grad_bias = torch.empty_like(bias) if need_bias and bias is not None else None
     _compose_backward[(across, parts)](
-        grad, grad if y is None else y.contiguous(), gain.contiguous(), gain if bias is None else bias, scaled, partial, tokens, outputs, rows_each,
+        grad, grad if y is None else y.contiguous(), magnitude, norm, norm if bias is None else bias, scaled, partial, tokens, outputs, rows_each,
         BIAS=bias is not None, MAGNITUDE=need_magnitude, SUM=need_bias, ROWS=rows, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     if need_magnitude or need_bias:
@@ -150,7 +158,7 @@ def compose_backward(
     return scaled, grad_magnitude, grad_bias
 
 
-# ----------------------------------------------------------------------------------------------------------------- gain
+# ----------------------------------------------------------------------------------------------------------------- norm
 
 
 @triton.jit
@@ -186,8 +194,8 @@ def _survey(a, b, hashes, grams, inputs, outputs, r, R: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _gain(
-    weight, squares, a, b, magnitude, hashes, grams, seen, norm, gain, inputs, outputs, r, blocks, stride_out, stride_in, scale,
+def _norm(
+    weight, squares, a, b, hashes, grams, seen, kept, norm, inputs, outputs, r, blocks, stride_out, stride_in, scale,
     DOT: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Every program keeps the fingerprint of its own rows' norm, so none can see it renewed before it has looked itself."""
@@ -196,7 +204,7 @@ def _gain(
     k = tl.arange(0, R)
     each = tl.arange(0, BLOCKS)
     found = tl.sum(tl.load(hashes + each, mask=each < blocks, other=0), 0)
-    n = tl.load(norm + o, mask=o < outputs, other=0.0)
+    n = tl.load(kept + o, mask=o < outputs, other=0.0)
     if tl.load(seen + row_block) != found:
         cross = tl.zeros((ROWS, R), tl.float32)  # W A^T
         for start in range(0, inputs, COLUMNS):
@@ -214,10 +222,9 @@ def _gain(
         inner = 2 * scale * cross + scale * scale * tl.dot(low_b, gram, input_precision="ieee")
         total = tl.load(squares + o, mask=o < outputs, other=0.0).to(tl.float32) + tl.sum(low_b * inner, 1)
         n = tl.sqrt(tl.maximum(total, 0.0))
-        tl.store(norm + o, n, mask=o < outputs)
+        tl.store(kept + o, n, mask=o < outputs)
         tl.store(seen + row_block, found)
-    m = tl.load(magnitude + o, mask=o < outputs, other=0.0).to(tl.float32)
-    tl.store(gain + o, tl.where(n == 0, 1.0, m / tl.where(n == 0, 1.0, n)), mask=o < outputs)
+    tl.store(norm + o, n, mask=o < outputs)
 
 
 _ROWS, _BLOCK = 32, 128  # rows of W per program; columns of A and rows of B per program of the survey
@@ -234,30 +241,28 @@ class NormMemory:
     norm: Tensor
     seen: Tensor
 
-    @classmethod
-    def empty(cls, outputs: int, device: torch.device) -> NormMemory:
-        # No norm is NaN: should a fingerprint ever be 0 by chance, it would show.
-        norm = torch.full((outputs,), float("nan"), device=device)
-        return cls(norm, torch.zeros(triton.cdiv(outputs, _ROWS), dtype=torch.int64, device=device))
+
+def norm_memory(weight: Tensor, r: int) -> NormMemory:
+    """As kernels.dora.norm_memory."""
+    outputs, device = weight.shape[0], weight.device
+    # No norm is NaN: should a fingerprint ever be 0 by chance, it would show.
+    return NormMemory(torch.full((outputs,), float("nan"), device=device), torch.zeros(triton.cdiv(outputs, _ROWS), dtype=torch.int64, device=device))
 
 
-def dora_gain(
-    weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scale: float, memory: NormMemory | None = None,
-) -> Tensor:  # fmt: skip
-    """As kernels.dora.dora_gain; with `memory`, W is read only where a bit of A or B has changed since the last call."""
+def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, memory: NormMemory) -> Tensor:
+    """As kernels.dora.dora_norm, in fp32 throughout: a new tensor, for which W is read only where a bit of A or B has changed."""
     outputs, inputs = weight.shape
     r, device = a.shape[0], weight.device
     rank, blocks = padded_rank(r), triton.cdiv(max(inputs, outputs), _BLOCK)
-    memory = NormMemory.empty(outputs, device) if memory is None else memory
     wide_a, wide_b = a.float().contiguous(), b.float().contiguous()
     hashes = torch.empty(blocks, dtype=torch.int64, device=device)
     grams = torch.empty(blocks, rank, rank, dtype=torch.float32, device=device)
-    gain = torch.empty(outputs, dtype=torch.float32, device=device)
+    norm = torch.empty(outputs, dtype=torch.float32, device=device)
     _survey[(blocks,)](wide_a, wide_b, hashes, grams, inputs, outputs, r, R=rank, BLOCK=_BLOCK, STEP=32, num_warps=4)
-    _gain[(triton.cdiv(outputs, _ROWS),)](
-        weight, squares, wide_a, wide_b, magnitude.contiguous(), hashes, grams, memory.seen, memory.norm, gain,
+    _norm[(triton.cdiv(outputs, _ROWS),)](
+        weight, squares, wide_a, wide_b, hashes, grams, memory.seen, memory.norm, norm,
         inputs, outputs, r, blocks, weight.stride(0), weight.stride(1), float(scale),
         DOT=operands(weight.dtype), R=rank, BLOCKS=triton.next_power_of_2(blocks), BLOCK=_BLOCK, ROWS=_ROWS,
         COLUMNS=32 if weight.dtype == torch.float32 else 64, num_warps=4,
     )  # fmt: skip
-    return gain
+    return norm

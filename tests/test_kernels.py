@@ -84,7 +84,7 @@ def test_the_shared_input_keeps_nothing_after_its_layers_ran():
     x = tokens(3, 16).requires_grad_()
     model(x)
     shared = model.q_proj.shared
-    assert shared is model.k_proj.shared and shared.source is None and shared.through is None and not shared.products
+    assert isinstance(shared, SharedInput) and shared is model.k_proj.shared and SharedInput.taken is None
     assert model.o_proj.shared is None
 
 

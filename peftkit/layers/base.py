@@ -63,8 +63,8 @@ class Factor(nn.Module):
 
 
 def held(layer: nn.Module, factors: str, adapter: str) -> nn.Parameter:
-    """The tensor of one adapter in one of the layer's dicts of factors. It is read in every forward, so past `__getattr__`."""
-    return layer._modules[factors]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr, return-value]
+    """The tensor of one adapter in one of the layer's dicts of factors. It is read in every forward, so past `__getattr__` where that can be."""
+    return layer._modules[factors]._modules[adapter].weight  # type: ignore[union-attr, return-value]  # no parameter in a replica of nn.DataParallel
 
 
 class AdapterLayer(nn.Module, ABC):

@@ -13,12 +13,24 @@ from peftkit import quant
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear that is called as one.
+    """Whether the module is a linear that is called as one, of a weight that can be read.
 
     nn.MultiheadAttention reads the weight of its output projection and never calls the module: an adapter there would be
-    passed by in silence.
+    passed by in silence. Weights below 16 bits (FP8) have their scales elsewhere, unless they are bitsandbytes'.
     """
-    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return module.weight.dtype.itemsize > 1 or quant.is_quantized(module)
+
+
+_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+
+
+def is_bare(module: Any) -> bool:
+    """Whether a call of this linear is x W^T + b and nothing else: no hooks and no forward of its own, by its class or put on it (accelerate's offloading)."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__:
+        return False
+    return type(module).forward in _FORWARDS or quant.is_quantized(module)
 
 
 def features(module: Any) -> tuple[int, int]:

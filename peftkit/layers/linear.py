@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from peftkit import quant
 from peftkit.kernels import composed, dora_norm, fingerprint, gain_of, linear, shared_down
 from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype, refuse_stacked_dora
 from peftkit.layers.bias import bias_copy
-from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares, weight_reader
+from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, features, is_bare, is_linear, plain_linear, row_squares, weight_reader
 from peftkit.layers.read import AdaptedWeight
 
 
@@ -169,15 +169,25 @@ class LoRALinear(AdapterLayer):
         a, b = self.factors()
         if not self.dora:
             return composed(x, a, b, frozen=self.base_layer, scale=self.scale, dropout=self.dropout())
-        weight = dense_weight(self.base_layer, x.dtype)
+        base = self.base_layer
+        weight = dense_weight(base, x.dtype)
         with torch.no_grad():
-            norm = dora_norm(weight, row_squares(dense_weight(self.base_layer)), a, b, self.scale)
+            norm = dora_norm(weight, row_squares(dense_weight(base)), a, b, self.scale)
+
+        def frozen(x: Tensor) -> Tensor:
+            if is_bare(base):
+                return F.linear(x, weight)
+            return base(x) if base.bias is None else base(x) - base.bias
+
         return composed(
-            x, a, b, frozen=lambda x: F.linear(x, weight), scale=self.scale, dropout=self.dropout(), magnitude=self.magnitude(self.active[0]),
-            bias=self.base_layer.bias, norm=norm,
+            x, a, b, frozen=frozen, scale=self.scale, dropout=self.dropout(), magnitude=self.magnitude(self.active[0]), bias=base.bias, norm=norm,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ DoRA's norm
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        self._squares = self._norm = None  # what is moved to another dtype and back may come to lie where it lay before, rounded
+        return super()._apply(fn, recurse)
 
     def _base_key(self) -> tuple[Any, ...]:
         """Changes where the frozen weight is replaced or written to."""
@@ -250,8 +260,18 @@ class LoRALinear(AdapterLayer):
 
 
 def _needs_autograd(base: Any) -> bool:
-    """Whether the fused nodes cannot serve: under torch.compile and torch.func, or where the base weight trains itself."""
-    return torch.compiler.is_compiling() or base.weight.requires_grad or torch._C._are_functorch_transforms_active()
+    """Whether the fused nodes cannot serve: under torch.compile and torch.func, where the base weight trains itself, or a call of it is more than a product."""
+    return torch.compiler.is_compiling() or base.weight.requires_grad or torch._C._are_functorch_transforms_active() or not is_bare(base)
+
+
+class _Taken(NamedTuple):
+    """A product that was taken with one x, and what of it has not been asked for yet."""
+
+    source: weakref.ref[Tensor]
+    state: tuple[Any, ...]
+    through: Tensor
+    products: dict[int, tuple[list[tuple[int, int]], Tensor]]
+    """By layer: the state of its A and h."""
 
 
 class SharedInput:
@@ -261,45 +281,40 @@ class SharedInput:
     with the same tensor. Layers that turn out to be given another one cost a product that is not used, no more.
     """
 
+    taken: ClassVar[_Taken | None] = None  # one in the process: what a forward that broke off has left goes with the next one
+
     def __init__(self, layers: Sequence[LoRALinear]):
         self.layers = list(layers)
-        self._forget()
 
-    def _forget(self) -> None:
-        self.source: tuple[weakref.ref[Tensor], int] | None = None
-        self.through: Tensor | None = None
-        self.products: dict[int, tuple[int, Tensor]] = {}
+    @staticmethod
+    def forget() -> None:
+        SharedInput.taken = None
 
     def take(self, layer: LoRALinear, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(x to go on with, h (tokens, r)) for one of the layers, x in `dtype`."""
-        found = self.products.pop(id(layer), None)
-        known = self.source is not None and self.source[0]() is x and self.source[1] == _version(x)
-        if found is None or not known or found[0] != _version(layer.a(layer.active[0])) or found[1].dtype != dtype:
-            found = self._multiply(layer, x, dtype)
-        through = self.through
-        assert through is not None
-        if not self.products:
-            self._forget()
-        return through, found[1]
+        taken, state = SharedInput.taken, (dtype, _version(x), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if taken is not None and taken.source() is x and taken.state == state:
+            found = taken.products.pop(id(layer), None)
+            if not taken.products:
+                self.forget()
+            if found is not None and found[0] == _state_of_a(layer):
+                return taken.through, found[1]
+        return self._multiply(layer, x, state)
 
-    def _multiply(self, layer: LoRALinear, x: Tensor, dtype: torch.dtype) -> tuple[int, Tensor]:
+    def _multiply(self, layer: LoRALinear, x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         dropout = layer.dropout()
         together = [layer]
         if any(other is layer for other in self.layers):  # else it is a copy, such as a replica on another device
             together += [o for o in self.layers if o is not layer and o.enabled and o.training and o.active and o.dropout() == dropout]
         # What follows a backward may be an optimizer step, so nothing stays beyond it.
-        self.through, products = shared_down(x.to(dtype), [other.factors()[0] for other in together], dropout, after=self._forget)
-        self.source = weakref.ref(x), _version(x)
-        taken, *left = [(_version(other.a(other.active[0])), h) for other, h in zip(together, products, strict=True)]
-        self.products = {id(other): found for other, found in zip(together[1:], left, strict=True)}
-        return taken
+        through, (h, *others) = shared_down(x.to(state[0]), [other.factors()[0] for other in together], dropout, after=self.forget)
+        products = {id(other): (_state_of_a(other), product) for other, product in zip(together[1:], others, strict=True)}
+        SharedInput.taken = _Taken(weakref.ref(x), state, through, products) if products else None
+        return through, h
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers = state["layers"]
-        self._forget()
+def _state_of_a(layer: LoRALinear) -> list[tuple[int, int]]:
+    return [(id(a), _version(a)) for a in map(layer.a, layer.active)]
 
 
 def _version(tensor: Tensor) -> int:
@@ -310,15 +325,17 @@ SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"), ("query_proj", "key_proj", "value_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"),
     ("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3"),
 )  # fmt: skip
-_CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention")  # q sees the decoder, k and v the encoder
+_CROSS = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention"}  # q sees the decoder, k and v the encoder
 
 
 def share_inputs(model: nn.Module) -> None:
     """Lets adapter layers that stand beside each other under names known for one input share the product with it."""
     for name, parent in model.named_modules():
         for names in SIBLINGS:
-            names = names[1:] if name.rsplit(".", 1)[-1] in _CROSS else names
+            names = names[1:] if len(names) == 3 and not _CROSS.isdisjoint(name.split(".")) else names
             layers = [layer for child in names if isinstance(layer := getattr(parent, child, None), LoRALinear)]
-            shared = SharedInput(layers) if len(layers) > 1 else None
-            for layer in layers:
-                layer.shared = shared
+            for width in {features(layer.base_layer)[0] for layer in layers}:
+                alike = [layer for layer in layers if features(layer.base_layer)[0] == width]
+                shared = SharedInput(alike) if len(alike) > 1 else None
+                for layer in alike:
+                    layer.shared = shared

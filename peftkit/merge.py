@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from peftkit import quant
-from peftkit.layers import adapter_layers, dense_weight, plain_linear, swap
+from peftkit.layers import adapter_layers, dense_weight, dequantize_experts, plain_linear, swap
 from peftkit.methods.on_model import attachment, forget
 
 
@@ -33,19 +34,29 @@ class MergeCheck:
 
 @torch.no_grad()
 def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Module:
-    """Folds the adapters into the weights, in place: a plain model without peftkit or quantised layers.
+    """Folds the active adapters into the weights, in place: a plain model without peftkit or quantised layers.
+
+    Adapters that are not active are gone with it, which a warning says.
 
     A quantised base is dequantised in its compute dtype: that is the model that was trained. `originals` (module name ->
     weight (out, in)) merges into these weights instead, e.g. the 16-bit ones; it must name every adapted module.
     """
-    attachment(model)
-    layers = adapter_layers(model)
+    record, layers = attachment(model), adapter_layers(model)
+    chosen = {name for layer in layers.values() for name in layer.chosen}
+    resting = [name for name, methods in record.by_adapter.items() if name not in chosen and any(method.swaps_layers for method in methods)]
+    if resting and not chosen:
+        raise ValueError(f"no adapter is active, so there is nothing to merge; choose with peftkit.set_adapter (there are: {', '.join(resting)})")
     missing = sorted(set(layers) - set(originals or layers))
     if missing:
         raise ValueError(f"no original weight for {len(missing)} adapted modules, such as {missing[0]}")
+    for name, layer in layers.items():
+        if reason := layer.unmergeable():
+            raise ValueError(f"{name} cannot be merged: {reason}; nothing was merged")
+    if resting:
+        warnings.warn(f"{' and '.join(resting)} were not active: they are not in the merged model, and no longer on it", stacklevel=2)
     # An 8-bit layer names no compute dtype: its weight becomes what the model keeps the rest in.
     kept = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point() and not parameter.requires_grad), None)
-    for name, layer in layers.items():
+    for name, layer in reversed(layers.items()):  # what wraps another layer, after it
         if originals is not None:
             weight = originals[name].to(next(layer.parameters()).device)
         else:
@@ -53,6 +64,7 @@ def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Mo
         swap(model, name, layer.merged(weight))
     for name, module in quant.quantized_modules(model).items():
         swap(model, name, plain_linear(module, dense_weight(module, kept if quant.is_8bit(module) else None)))
+    dequantize_experts(model)
     forget(model)
     _forget_quantization(model)
     return model

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from peftkit import quant
 from peftkit.config import Config, ConfigError, suggest
-from peftkit.layers import output_head
+from peftkit.layers import output_head, quantize_experts
 
 logger = logging.getLogger(__name__)
 
@@ -140,14 +140,19 @@ def load(
         raise ConfigError(f"unknown quantisation {quantize!r}{suggest(str(quantize), ('nf4', 'fp4', 'int8'))} (there are: nf4, fp4, int8)")
     dtype = resolve_dtype(dtype)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "output_loading_info": True}
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantize is not None:
         left = _unquantizable(name, revision) if quantize != "int8" and device.type == "cpu" else []
         options["quantization_config"] = quant.quantization_config(quantize, dtype, left or None)
         options["device_map"] = {"": device}
-    model = _from_hub("weights", name, AutoModelForCausalLM.from_pretrained, **options)
+    model, report = _from_hub("weights", name, AutoModelForCausalLM.from_pretrained, **options)
+    if any(key.endswith("scales_of_scales") for key in report["unexpected_keys"]):
+        raise ConfigError(f"model: {name} was saved while its experts were in 4 bits, which transformers cannot read back; save the adapter, or merge first")
+    if quantize in ("nf4", "fp4"):  # transformers has quantised the linears
+        for experts, reason in quantize_experts(model, quantize).items():
+            logger.warning("%s stays unquantised: %s", experts, reason)
     if quantize is None:
         model = model.to(device)
     quant.protect(model)

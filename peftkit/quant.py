@@ -6,16 +6,19 @@ that models without quantisation never pay for it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 Quantization = Literal["nf4", "fp4", "int8"]
 BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share a scale of their own
 # On CPUs bitsandbytes logs at import that an optional package of faster kernels is missing; nothing here uses them.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -135,6 +138,56 @@ def misread_on_cpu(module: nn.Module) -> bool:
     no multiple of 64 long, the scales shift and the weight is off by a quarter instead of a tenth, without a message.
     """
     return isinstance(module, nn.Linear) and module.in_features % BLOCK != 0
+
+
+# ------------------------------------------------------------------------------------------- stacks of weights (experts)
+
+
+class Packed(NamedTuple):
+    """A stack of weights in 4 bits with double quantisation, all bytes: no cast of a model to another dtype touches them."""
+
+    codes: torch.Tensor
+    """(stack, weights / 2), two weights to a byte."""
+    scales: torch.Tensor
+    """(stack, weights / 64), the 8-bit scale of every block."""
+    scales_of_scales: torch.Tensor
+    """(stack, 4 bytes for each 256 blocks and 4 more), fp32: the scales' own scales, and the mean taken off them."""
+
+
+def pack(stack: torch.Tensor, kind: str) -> Packed:
+    """stack (n, ...) in 4 bits ("nf4" or "fp4"), every entry by itself.
+
+    The entries are flattened first and padded to whole blocks: no row begins within a block, which is where bitsandbytes' CPU
+    kernels misread.
+    """
+    from bitsandbytes import functional
+
+    packed = []
+    for entry in stack:
+        blocks = F.pad(entry.detach().reshape(-1), (0, -entry.numel() % BLOCK)).view(-1, BLOCK)
+        codes, state = functional.quantize_4bit(blocks, blocksize=BLOCK, compress_statistics=True, quant_type=kind)
+        outer = torch.cat([state.state2.absmax, state.offset.reshape(1)]).float()
+        packed.append((codes.reshape(-1), state.absmax, outer.view(torch.uint8)))
+    return Packed(*(torch.stack(tensors) for tensors in zip(*packed, strict=True)))
+
+
+def unpack(packed: Packed, entry: int, kind: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """One entry of a packed stack, as a new tensor of this shape and dtype."""
+    from bitsandbytes import functional
+
+    outer = packed.scales_of_scales[entry].view(torch.float32)
+    scales = functional.dequantize_blockwise(packed.scales[entry], absmax=outer[:-1], code=_scale_codes(outer.device), blocksize=SCALE_BLOCK)
+    blocks = torch.Size((scales.numel(), BLOCK))
+    state = functional.QuantState(absmax=scales + outer[-1], shape=blocks, blocksize=BLOCK, quant_type=kind, dtype=dtype)
+    return functional.dequantize_4bit(packed.codes[entry].view(-1, 1), state).reshape(-1)[: shape.numel()].view(shape)
+
+
+@functools.cache
+def _scale_codes(device: torch.device) -> torch.Tensor:
+    """The 256 values that an 8-bit scale can have."""
+    from bitsandbytes import functional
+
+    return functional.create_dynamic_map().to(device)
 
 
 def paged_adamw_8bit(groups: list[dict], **options: Any) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from peftkit import evaluate
 from peftkit.average import AverageReport, average
 from peftkit.checkpoint import CONFIG_FILE, load_adapter
 from peftkit.config import ConfigError, read_yaml, suggest, validate
-from peftkit.layers import adapter_layers, dense_weight
+from peftkit.layers import adapter_layers
 from peftkit.loss import TokenLoss
 from peftkit.merge import MergeCheck, merge_verified
 from peftkit.methods import adapters_disabled
@@ -122,7 +122,7 @@ def merge_to(adapter: str, output: str, model: str | None, quantize: str | None,
     originals = None
     if onto == "original":
         plain, _ = load(origin.model, None, origin.dtype, revision=origin.revision)
-        originals = {name: dense_weight(plain.get_submodule(name)).detach() for name in adapter_layers(adapted)}
+        originals = {name: layer.original(plain, name).detach() for name, layer in adapter_layers(adapted).items()}
     vocabulary = adapted.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (4, 64), generator=torch.Generator().manual_seed(0)).to(adapted.device)
     check = merge_verified(adapted, ids, originals=originals)

@@ -8,34 +8,71 @@ from peftkit.layers.base import (
     Spec,
     Trained,
     adapter_layers,
+    by_file_key,
+    file_tensors,
     trainable_parameters,
 )
-from peftkit.layers.find import find_targets, output_head, swap, unadapted_3d
+from peftkit.layers.beside import check_once, find_rows, find_whole, notes, save_modules, train_rows
+from peftkit.layers.bias import Bias, TrainedBias, other_biases
+from peftkit.layers.conv import LoRAConv
+from peftkit.layers.embedding import LoRAEmbedding
+from peftkit.layers.experts import LoRAExperts, as_target_parameters, from_file_modules, left_out_experts
+from peftkit.layers.find import adapt, candidates, find_targets, heads, inside, output_head, standing, swap
 from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares
+from peftkit.layers.frozen_experts import Experts4bit, dequantize_experts, is_experts, quantize_experts
 from peftkit.layers.kinds import LAYERS, layer_class
-from peftkit.layers.linear import LoRALinear, share_inputs
+from peftkit.layers.linear import LoRALinear, SharedInput, share_inputs
+from peftkit.layers.saved import SavedModule, TrainedTokens
 
 __all__ = [
     "ADAPTER",
     "LAYERS",
     "AdapterLayer",
+    "Bias",
+    "Experts4bit",
     "Factor",
+    "LoRAConv",
+    "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALinear",
     "RoleParameter",
+    "SavedModule",
+    "SharedInput",
     "Spec",
     "Trained",
+    "TrainedBias",
+    "TrainedTokens",
+    "adapt",
     "adapter_layers",
+    "as_target_parameters",
+    "by_file_key",
+    "candidates",
+    "check_once",
     "compute_dtype",
     "dense_weight",
+    "dequantize_experts",
     "features",
+    "file_tensors",
+    "find_rows",
     "find_targets",
+    "find_whole",
+    "from_file_modules",
+    "heads",
+    "inside",
+    "is_experts",
     "is_linear",
     "layer_class",
+    "left_out_experts",
+    "notes",
+    "other_biases",
     "output_head",
     "plain_linear",
+    "quantize_experts",
     "row_squares",
+    "save_modules",
     "share_inputs",
+    "standing",
     "swap",
+    "train_rows",
     "trainable_parameters",
-    "unadapted_3d",
 ]

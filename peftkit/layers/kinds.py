@@ -5,9 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from peftkit.layers.base import AdapterLayer
+from peftkit.layers.conv import LoRAConv
+from peftkit.layers.embedding import LoRAEmbedding
+from peftkit.layers.experts import LoRAExperts
 from peftkit.layers.linear import LoRALinear
 
-LAYERS: list[type[AdapterLayer]] = [LoRALinear]
+LAYERS: list[type[AdapterLayer]] = [LoRALinear, LoRAExperts, LoRAEmbedding, LoRAConv]
 
 
 def layer_class(module: nn.Module) -> type[AdapterLayer] | None:

@@ -207,7 +207,7 @@ class LoRA(Method):
         options |= dict(
             r=2 * self.r if double else self.r,
             lora_alpha=_plain(alphas * self.alpha),
-            lora_dropout=self.dropout,
+            lora_dropout=0.0 if experts else self.dropout,  # peft reads no file of experts that says otherwise, and it counts in training only
             use_rslora=self.rslora,
             use_dora=self.dora,
             rank_pattern={pattern: 2 * r if double else r for pattern, r in self.rank_pattern.items()},

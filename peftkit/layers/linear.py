@@ -107,9 +107,10 @@ class LoRALinear(AdapterLayer):
             y = self._composed(x.to(dtype))
         elif self.shared is not None and self.training:
             through, h = self.shared.take(self, x, dtype)
-            y = self._fused(base, through, h=h)
+            y = self._fused(base, through, self.factors(), h=h)
         else:
-            y = self._fused(base, x.to(dtype), a=self.factors()[0], dropout=self.dropout())
+            factors = self.factors()
+            y = self._fused(base, x.to(dtype), factors, a=factors[0], dropout=self.dropout())
         if self._modules["biases"] and (trained := self._trained_bias()) is not None:
             y = y + (trained - base.bias).to(y.dtype)
         return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
@@ -154,15 +155,15 @@ class LoRALinear(AdapterLayer):
             raise ValueError(f"stacked adapters train with one dropout, and {', '.join(self.active)} have several")
         return rate
 
-    def _fused(self, base: Any, x: Tensor, **product: Any) -> Tensor:
-        b = self.factors()[1]
+    def _fused(self, base: Any, x: Tensor, factors: tuple[Tensor, Tensor], **product: Any) -> Tensor:
+        b = factors[1]
         weight = weight_reader(base)
         if not self.dora:
             return linear(x, b, frozen=base, weight=weight, scale=self.scale, bias=base.bias, fuse=self.training, **product)
         dense = weight(x.dtype).detach()
         return linear(
             x, b, frozen=lambda flat: flat @ dense.T, weight=weight, scale=self.scale, magnitude=self.magnitude(self.active[0]), bias=base.bias,
-            norm=self.norm(dense), **product,
+            norm=self.norm(dense, factors), **product,
         )  # fmt: skip
 
     def _composed(self, x: Tensor) -> Tensor:
@@ -202,13 +203,13 @@ class LoRALinear(AdapterLayer):
         return self._squares[1]
 
     @torch.no_grad()
-    def norm(self, weight: Tensor) -> Tensor:
+    def norm(self, weight: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """|W + s B A| by row (out,) of the active adapter; `weight` is W (out, in) in any precision.
 
         On a CPU it is kept for as long as the bits of A and B stay, which are read for it: fused optimizers, bitsandbytes
         and `.data` write without a trace.
         """
-        a, b = self.factors()
+        a, b = factors or self.factors()
         if a.device.type != "cpu":
             return dora_norm(weight, self.squares(), a, b, self.scale)
         key = (self._base_key(), self.scale, weight.dtype, a.dtype, fingerprint(a, b))

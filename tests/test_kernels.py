@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkit as pk
 from peftkit.kernels import dora_norm, fingerprint, scale_columns
 from peftkit.kernels.lowrank import zero_at_random_
-from peftkit.layers import LoRALinear, SharedInput, adapter_layers, dense_weight, row_squares, trainable_parameters
+from peftkit.layers import LoRALinear, SharedInput, adapter_layers, dense_weight, is_linear, row_squares, trainable_parameters
 
 METHODS = {"lora": pk.LoRA, "dora": pk.DoRA}
 
@@ -499,3 +501,191 @@ def test_what_shares_an_input_in_a_real_model(ids):
 def test_row_squares_are_taken_in_fp64():
     weight = tokens(3, 1000, dtype=torch.float32)
     assert torch.equal(row_squares(weight), weight.double().square().sum(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- traps
+
+
+def test_a_product_taken_without_gradients_is_not_taken_for_one_with():
+    for mode in (torch.no_grad, torch.inference_mode):
+        model = adapted()
+        x = tokens(3, 16)
+        with mode():
+            model.q_proj(x)
+        model.k_proj(x).sum().backward()
+        assert model.k_proj.b().grad.any() and model.k_proj.a().grad.any()
+
+
+def test_a_product_of_one_adapter_is_not_taken_for_another():
+    model = adapted()
+    for layer in adapter_layers(model).values():
+        layer.add("other", layer.specs["default"])
+        with torch.no_grad():
+            for name in ("default", "other"):  # as many writes into the one as into the other
+                layer.a(name).copy_(torch.randn_like(layer.a(name)))
+            layer.a("other").add_(0)
+            layer.b("other").normal_()
+    x = tokens(3, 16)
+    for chosen in ("other", ["default", "other"]):
+        model.q_proj(x)
+        for layer in adapter_layers(model).values():
+            layer.set_adapter(chosen)
+        ours = model.k_proj(x)
+        torch.testing.assert_close(ours, nn.functional.linear(x, model.k_proj.merged_weight(), model.k_proj.bias))
+        with torch.no_grad():
+            model.v_proj.a("other").mul_(2)
+        torch.testing.assert_close(model.v_proj(x), nn.functional.linear(x, model.v_proj.merged_weight(), model.v_proj.bias))
+
+
+def test_a_forward_that_broke_off_keeps_its_graph_only_until_the_next():
+    """Memory that an out-of-memory error between q and v left behind must not wait for the same layer to be reached again."""
+    model, other = adapted(), adapted()
+    left = tokens(3, 16).requires_grad_() * 2
+    alive = weakref.ref(left)
+    model.q_proj(left)
+    del left
+    other(tokens(3, 16))
+    gc.collect()
+    assert alive() is None
+
+
+class Cross(nn.Module):
+    """As in BLIP, whose text decoder sees images of another width."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(16, 16), nn.Linear(24, 16), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        return self.query(x) + self.key(seen) + self.value(seen)
+
+
+def test_layers_of_different_widths_do_not_share():
+    model = Cross().double()
+    pk.attach(model, pk.LoRA(r=2))
+    x, seen = tokens(3, 16), tokens(3, 24)
+    model.train()(x, seen).sum().backward()
+    assert model.query.shared is None and model.key.shared is model.value.shared is not None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_on_the_base_see_what_the_base_gives(method):
+    model = adapted(method)
+    base, x = model.o_proj.base_layer, tokens(2, 3, 16).requires_grad_()
+    plain = model.o_proj(x).detach()
+    steer = torch.zeros(16, dtype=torch.float64, requires_grad=True)
+    seen, backwards = [], []
+    hooks = [
+        base.register_forward_hook(lambda _, inputs, output: seen.append(output)),
+        base.register_full_backward_hook(lambda *_: backwards.append(1)),
+        base.register_forward_hook(lambda _, inputs, output: output + steer),
+    ]
+    y = model.o_proj(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(seen[0], nn.functional.linear(x, base.weight, base.bias))
+    assert backwards == [1] and steer.grad.any()
+    for hook in hooks:
+        hook.remove()
+
+
+class Bounded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_linear_with_a_forward_of_its_own_keeps_it(method):
+    model = nn.Sequential(Bounded(4, 4), nn.Linear(4, 4)).double()
+    x = tokens(9, 4).requires_grad_()
+    wanted, slope = model(x), torch.autograd.grad(model(x).sum(), x)[0]
+    pk.attach(model, METHODS[method](r=2))
+    for training in (True, False):
+        y = model.train(training)(x)
+        assert_close([y, torch.autograd.grad(y.sum(), x)[0]], [wanted, slope])
+
+
+def test_weights_below_16_bits_that_are_not_known_are_no_linears():
+    """Their scales stand elsewhere: a product with the bare codes would be wrong in silence."""
+    plain = nn.Linear(4, 4)
+    assert is_linear(plain) and is_linear(plain.bfloat16())
+    plain.weight = nn.Parameter(plain.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert not is_linear(plain)
+
+
+def test_the_norm_follows_a_model_that_is_moved_and_back():
+    """The weight may come back to the address where it was before, rounded on the way."""
+    for _ in range(30):
+        layer = adapted("dora", torch.float32).q_proj
+        assert norm_is_right(layer)
+        layer.base_layer.weight.data.mul_(3)  # what an allocation in between might leave there
+        layer.to(torch.float32)
+        assert norm_is_right(layer)
+
+
+def flipped_in_odd_columns(x: Tensor) -> Tensor:
+    return x * torch.tensor([1, -1]).repeat(x.shape[1] // 2)
+
+
+CHANGES = {
+    "negated": lambda x: -x, "doubled": lambda x: 2 * x, "halved": lambda x: x / 2, "times 2^64": lambda x: x * 2.0**64, "shifted": lambda x: x + 1,
+    "rows swapped": lambda x: x.flip(0), "columns swapped": lambda x: x.flip(1), "odd columns negated": flipped_in_odd_columns,
+    "one column negated": lambda x: torch.cat([x[:, :1], -x[:, 1:2], x[:, 2:]], 1),
+    "one column doubled": lambda x: torch.cat([x[:, :1], 2 * x[:, 1:2], x[:, 2:]], 1),
+    "one row negated": lambda x: torch.cat([-x[:1], x[1:]]), "neighbours swapped": lambda x: x.unflatten(1, (-1, 2)).flip(2).flatten(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES)
+def test_fingerprints_tell_changes_of_many_elements(change, dtype):
+    for width in range(2, 300, 2):
+        for x in (tokens(4, width).to(dtype), tokens(4, width).abs().to(dtype), torch.arange(1, 4 * width + 1, dtype=dtype).view(4, width)):
+            changed = CHANGES[change](x).to(dtype)
+            assert torch.equal(x, changed) or fingerprint(changed) != fingerprint(x), width
+
+
+def test_fingerprints_of_parts_of_a_larger_buffer():
+    buffer = tokens(1, 49, dtype=torch.float32)[0]
+    part = buffer[1:].view(3, 16)
+    assert fingerprint(part) == fingerprint(part.clone()) == fingerprint(part.T.contiguous().T)
+    layer = adapted("dora", torch.float32).q_proj
+    layer.a().data = part
+    assert norm_is_right(layer)
+
+
+@pytest.mark.parametrize("p", [1e-300, 1e-20, 1e-17, 1e-16, 1e-12])
+def test_rates_so_small_that_nothing_is_dropped(p):
+    assert zero_at_random_(torch.ones(1000), p, seed=1).all()
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes of a module for each of its devices."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = replicate(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter * 1)
+    return replica
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replicas_of_data_parallel(method):
+    model = adapted(method)
+    x = tokens(4, 16).requires_grad_()
+    replica = replicate(model)
+    model.q_proj(x)
+    assert_close([replica(x), *gradients(model, replica(x), x)], [model(x), *gradients(model, model(x), x)])
+    assert products(model, x) == 1
+
+
+def test_evaluation_in_inference_mode_and_training_afterwards():
+    model, other = adapted("dora"), adapted("dora")
+    x = tokens(4, 16).requires_grad_()
+    with torch.inference_mode():
+        model.eval()(x)
+        model.train()(x)
+    assert_close(gradients(model, model(x), x), gradients(other, other(x), x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
@@ -202,6 +202,7 @@ class LoRA(Method):
             options["ensure_weight_tying"] = self.ensure_weight_tying and len(set(weights)) < len(weights)
         if rows:
             options["trainable_token_indices"] = {name: list(layer.specs[adapter].tokens) for name, layer in rows.items() if layer.owner[0] is None}
+        names = [*targets, *(layer.target(name) for name, layer in experts.items())]
         double = takes_off(self.init)  # A and B stand in the file beside their start: an ordinary LoRA of twice the rank
         alphas = (math.sqrt(2) if self.rslora else 2) if double else 1
         options |= dict(
@@ -210,8 +211,8 @@ class LoRA(Method):
             lora_dropout=0.0 if experts else self.dropout,  # peft reads no file of experts that says otherwise, and it counts in training only
             use_rslora=self.rslora,
             use_dora=self.dora,
-            rank_pattern={pattern: 2 * r if double else r for pattern, r in self.rank_pattern.items()},
-            alpha_pattern={pattern: _plain(alphas * alpha) for pattern, alpha in self.alpha_pattern.items()},
+            rank_pattern={pattern: 2 * r if double else r for pattern, r in in_any_order(self.rank_pattern, names).items()},
+            alpha_pattern={pattern: _plain(alphas * alpha) for pattern, alpha in in_any_order(self.alpha_pattern, names).items()},
             bias=self.bias,
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             fan_in_fan_out=any(isinstance(getattr(model.get_submodule(n), "base_layer", None), Conv1D) for n in targets),
@@ -235,6 +236,13 @@ def _first(patterns: Mapping[str, Number], name: str, default: Number) -> Number
 def deciding(patterns: Iterable[str], name: str) -> str | None:
     """The first pattern that matches the end of a module's name, from a dot on, as peft reads them."""
     return next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), None)
+
+
+def in_any_order(patterns: Mapping[str, Number], names: Sequence[str]) -> dict[str, Number]:
+    """The patterns so that they decide the same over `names` in alphabetical order, which peft's files put them in: by whole names where they overlap."""
+    if all(_first(patterns, name, 0) == _first({pattern: patterns[pattern] for pattern in sorted(patterns)}, name, 0) for name in names):
+        return dict(patterns)
+    return {f"^{re.escape(name)}": patterns[pattern] for name in names if (pattern := deciding(patterns, name)) is not None}
 
 
 def _layer(name: str, lists: list[str]) -> int | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftkit.config import ConfigError
-from peftkit.layers import AdapterLayer, adapter_layers
+from peftkit.layers import AdapterLayer, adapter_layers, input_embedding
 from peftkit.methods import DoRA, LoRA
 from peftkit.methods.init import from_peft
 from peftkit.methods.lora import deciding
@@ -157,8 +157,7 @@ def identity(model: nn.Module) -> dict[str, Any]:
 
 def _landmark(model: nn.Module) -> tuple[str, Tensor | None]:
     """The frozen weight that bases are told apart by: the input embedding's, else the first matrix that is not quantised."""
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if getter else None
+    embedding = input_embedding(model)
     while isinstance(embedding, AdapterLayer):
         embedding = embedding.base_layer
     own = {id(t.parameter) for layer in adapter_layers(model).values() for adapter in layer.specs for t in layer.role_parameters(adapter)}
@@ -167,7 +166,8 @@ def _landmark(model: nn.Module) -> tuple[str, Tensor | None]:
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and parameter.ndim > 1 and not parameter.is_meta and id(parameter) not in own
     }
-    marked = [name for name, parameter in frozen.items() if embedding is not None and parameter is embedding.weight]
+    embeds = set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
+    marked = [name for name, parameter in frozen.items() if id(parameter) in embeds]
     name = next(iter(marked or frozen), "")
     return name, frozen.get(name)
 

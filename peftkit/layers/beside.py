@@ -10,7 +10,7 @@ from torch import nn
 from peftkit import quant
 from peftkit.layers.base import AdapterLayer
 from peftkit.layers.embedding import refuse_embedding
-from peftkit.layers.find import heads, inside, output_head, standing, swap
+from peftkit.layers.find import heads, input_embedding, inside, output_head, standing, swap
 from peftkit.layers.saved import Saved, SavedModule, Tokens, TrainedTokens
 
 
@@ -86,8 +86,8 @@ def find_rows(model: nn.Module, chosen: Sequence[int] | dict[str, list[int]]) ->
 
     there = dict(standing(model))
     if not isinstance(chosen, dict):
-        getter = getattr(model, "get_input_embeddings", None)
-        name = next((name for name, module in there.items() if getter and module is getter()), None)
+        embedding = input_embedding(model)
+        name = next((name for name, module in there.items() if module is embedding), None)
         if name is None:
             raise ValueError(f"trainable_tokens: {type(model).__name__} does not name its input embedding; give {{name: tokens}}")
         chosen = {name: list(chosen)}

@@ -116,6 +116,15 @@ def inside(name: str, others: Iterable[str]) -> bool:
     return any(name.startswith(f"{other}.") for other in others)
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that embeds the inputs, where the model names one."""
+    getter: Callable[[], nn.Module | None] | None = getattr(model, "get_input_embeddings", None)
+    try:
+        return getter() if getter else None
+    except NotImplementedError:  # transformers' answer for speech models, which have none
+        return None
+
+
 def _matches(name: str, module: nn.Module, pattern: str, regex: bool) -> bool:
     kind = _kind(module)
     names = [name, name.rpartition(".")[0]] if kind is not None and kind.parts(module) else [name]

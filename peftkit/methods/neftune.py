@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftkit.layers import ADAPTER
+from peftkit.layers import ADAPTER, input_embedding
 from peftkit.methods.base import Handle, Method
 
 
@@ -28,8 +28,7 @@ class NEFTune(Method):
     """Seed of the noise's own generator; by default drawn from torch's, so that train.seed covers it."""
 
     def attach(self, model: nn.Module, adapter: str = ADAPTER) -> Handle | None:
-        getter = getattr(model, "get_input_embeddings", None)
-        embedding = getter() if getter else None
+        embedding = input_embedding(model)
         if embedding is None:
             raise ValueError(f"neftune needs the model's input embeddings, and {type(model).__name__} does not name them")
         return Noise(self, model, embedding)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftkit.adapter_file import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PREFIX, AdapterFile, CheckpointError, checksum, differs, identity, read_folder
 from peftkit.config import suggest
-from peftkit.layers import ADAPTER, adapter_layers, by_file_key, candidates, file_tensors, from_file_modules
+from peftkit.layers import ADAPTER, TrainedTokens, adapter_layers, by_file_key, candidates, file_tensors, find_rows, from_file_modules
 from peftkit.methods import LoRA, attach, attachment, delete_adapter, find_attachment, to_recipe
 from peftkit.methods.base import Method
 
@@ -97,6 +97,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
         attach(model, method, adapter)
     else:
         _check_scales(file, method, attached)
+        _check_tokens(model, file, adapter)
     try:
         wanted = _wanted(model, file, adapter)
     except CheckpointError:
@@ -151,16 +152,34 @@ def _check_scales(file: AdapterFile, method: LoRA, attached: Sequence[Method]) -
             )
 
 
+def _check_tokens(model: nn.Module, file: AdapterFile, adapter: str) -> None:
+    chosen = file.config.get("trainable_token_indices")
+    for name, rows in find_rows(model, chosen).items() if chosen else ():
+        layer = adapter_layers(model).get(name)
+        here = layer.specs[adapter].tokens if isinstance(layer, TrainedTokens) and adapter in layer.specs else ()
+        if tuple(rows.tokens) != here:
+            raise CheckpointError(f"{file.folder} trains other tokens of {name} than the attached adapter; detach it first")
+
+
 def _wanted(model: nn.Module, file: AdapterFile, adapter: str) -> dict[str, nn.Parameter]:
     """The parameters of the adapter by key. Raises CheckpointError where the file holds others."""
     state = file.state
     wanted = {f"{PREFIX}{key}": trained.parameter for key, trained in by_file_key(model, adapter).items()}
     present = {id(wanted[key]) for key in state if key in wanted}  # a weight that modules share may stand there once
     missing = sorted(key for key, parameter in wanted.items() if key not in state and id(parameter) not in present)
-    unexpected = sorted(key for key in state if key not in wanted and not _is_frozen(model, key, state[key]))
+    surplus = {key: _frozen(model, key) for key in state if key not in wanted}
+    unexpected = sorted(key for key, parameter in surplus.items() if parameter is None)
+    other = sorted(key for key, parameter in surplus.items() if parameter is not None and not _same(parameter, state[key]))
+    first: dict[int, str] = {}
+    untied = [k for k, parameter in wanted.items() if k in state and not _same(state[first.setdefault(id(parameter), k)], state[k])]
     shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(wanted[k].shape)} here" for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    if missing or unexpected or shapes:
-        problems = [f"missing: {', '.join(missing[:3])}"] * bool(missing) + [f"unexpected: {', '.join(unexpected[:3])}"] * bool(unexpected)
+    if missing or unexpected or other or untied or shapes:
+        problems = [f"{what}: {', '.join(keys[:3])}" for what, keys in {
+            "missing": missing,
+            "unexpected": unexpected,
+            "frozen weights that differ from this model's, which must have them first (peft writes them after resize_token_embeddings)": other,
+            "weights that are one here and two in the file": untied,
+        }.items() if keys]  # fmt: skip
         says = [f"{CONFIG_FILE} says r = {file.config['r']}"] * bool(shapes)
         raise CheckpointError(f"{file.folder} does not fit this model, nothing was loaded ({'; '.join(problems + shapes[:3] + says)})")
     return wanted
@@ -176,13 +195,16 @@ def _whole(config: dict[str, Any], state: dict[str, Tensor]) -> list[str]:
     return sorted(found)
 
 
-def _is_frozen(model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """Whether this is a frozen weight, the same as the model's: peft writes embeddings along where they were adapted or resized."""
+def _frozen(model: nn.Module, key: str) -> nn.Parameter | None:
+    """The frozen weight that a key names: peft writes embeddings along where they were adapted or resized."""
     try:
-        parameter = model.get_parameter(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        return model.get_parameter(key.removeprefix(PREFIX).replace(".base_layer.", "."))
     except AttributeError:
-        return False
-    return parameter.shape == tensor.shape and torch.equal(parameter.detach().cpu(), tensor.to(parameter.dtype))
+        return None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.detach().cpu(), other.to(one.dtype))
 
 
 # --------------------------------------------------------------------------------------------------- training checkpoints

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,18 +20,36 @@ from torch import Tensor
 if TYPE_CHECKING:
     from peftkit.kernels.triton_dora import NormMemory
 
+logger = logging.getLogger(__name__)
+
 MAX_TRITON_RANK = 64
+ENABLED = True
+"""Whether GPUs use Triton at all; False takes plain torch everywhere."""
 
 
 def triton_serves(x: Tensor, r: int) -> bool:
     """Whether the Triton kernels take tensors like `x` with updates of rank r; otherwise plain torch does."""
-    return x.is_cuda and r <= MAX_TRITON_RANK and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and _triton_runs(x.device.index)
+    return ENABLED and x.is_cuda and r <= MAX_TRITON_RANK and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and _triton_runs(x.device.index)
 
 
 @functools.cache
 def _triton_runs(device: int) -> bool:
+    """Tried out once for each GPU: Triton needs more than its package, a C compiler among it."""
     # Before compute capability 8.0 there are no bf16 products, and Triton's support is ending.
-    return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    one = torch.ones(1, 1, device=f"cuda:{device}")
+    try:
+        from peftkit.kernels import triton_dora
+
+        with torch.cuda.device(device):
+            found = triton_dora.compose_(one.clone(), one, one, 1.0, one[0], one[0], one[0]).item()
+    except Exception as error:  # whatever a compiler can meet; plain torch computes the same
+        logger.warning("Triton does not run on GPU %d (%s: %s); DoRA takes plain torch there, which is slower", device, type(error).__name__, error)
+        return False
+    if found != 3:
+        raise RuntimeError(f"Triton computes 1 * (1 + 1 * 1 * 1) + 1 = {found} on GPU {device}; set peftkit.kernels.dora.ENABLED = False and report this")
+    return True
 
 
 def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,7 +102,7 @@ def scale_columns(y: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
 
 def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
     """g = m / norm (out,); 1 where a row of W + s B A is zero and so is its m."""
-    return torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)
+    return torch.where(norm == 0, 1, magnitude / norm)
 
 
 def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, memory: NormMemory | None = None) -> Tensor:

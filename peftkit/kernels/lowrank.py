@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkit.kernels.dora import compose_, compose_backward, gain_of
+
 Weight = Callable[[torch.dtype], Tensor]
 
 
@@ -148,15 +150,12 @@ class _Linear(torch.autograd.Function):
             assert a is not None
             h = _multiply(flat, [a], dropout, seed)
         y = frozen(flat)  # (tokens, out); LoRA: with the bias, DoRA: without
-        low_b = b.to(x.dtype)
-        if fuse:
-            y.addmm_(h, low_b.T, alpha=scale)
-        else:  # rounds where peft rounds
-            y.add_((h @ low_b.T).mul_(scale))
         if magnitude is not None and norm is not None:
-            scale_columns(y, gain_of(magnitude, norm), out=y)
-            if bias is not None:
-                y.add_(bias)
+            compose_(y, h, b, scale, magnitude, norm, bias)
+        elif fuse:
+            y.addmm_(h, b.to(y.dtype).T, alpha=scale)
+        else:  # rounds where peft rounds
+            y.add_((h @ b.to(y.dtype).T).mul_(scale))
         if x.ndim != 2:
             y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view to autograd: the model may write into what it is given
         # The norm is the layer's own, kept from step to step and never written to: no activation.
@@ -177,19 +176,13 @@ class _Linear(torch.autograd.Function):
         need_x, need_h, need_a, need_b, need_magnitude, need_bias = ctx.needs_input_grad[:6]
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x = grad_h = grad_a = grad_b = grad_magnitude = grad_bias = None
-        if need_bias:
-            grad_bias = grad.sum(0, dtype=bias.dtype)
-        if need_magnitude:
-            # dm = sum_t G (y - b) / m: what stood before the scaling need not be kept. A row with m = 0 gives no signal.
-            if ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
-                y = (x.reshape(-1, x.shape[-1]) @ ctx.weight(x.dtype).T).addmm_(h, b.to(x.dtype).T, alpha=ctx.scale)
-                product = scale_columns(y, gain_of(magnitude, ctx.norm), out=y).mul_(grad)
-            else:
-                y = y.reshape(grad.shape)
-                product = grad * y if bias is None else (y - bias).mul_(grad)  # subtracted first: after the sum it would cancel
-            grad_magnitude = torch.where(magnitude == 0, 0, product.sum(0, dtype=magnitude.dtype) / magnitude)
         if magnitude is not None:
-            grad = scale_columns(grad, gain_of(magnitude, ctx.norm))
+            if need_magnitude and ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
+                y = compose_(x.reshape(-1, x.shape[-1]) @ ctx.weight(x.dtype).T, h, b, ctx.scale, magnitude, ctx.norm, bias)
+            y = y.reshape(grad.shape)
+            grad, grad_magnitude, grad_bias = compose_backward(grad, y, magnitude, ctx.norm, bias, need_magnitude=need_magnitude, need_bias=need_bias)
+        elif need_bias:
+            grad_bias = grad.sum(0, dtype=bias.dtype)
         if need_b:
             # The product the other way round is slower on CPUs, up to 1.6 times for wide outputs.
             grad_b = (h.T @ grad).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(ctx.scale)  # (out, r)
@@ -220,20 +213,6 @@ def linear(
     return _Linear.apply(x, h, a, b, magnitude, bias, frozen, weight, norm, scale, dropout, draw_seed(dropout), fuse)
 
 
-def scale_columns(y: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
-    """y * gain for y (tokens, out) and gain (out,) that may be wider than y; `out` may be y itself.
-
-    Multiplying mixed dtypes takes two or three passes over y on a CPU. y + y (g - 1) takes one, and is as exact as long
-    as g is near 1, where DoRA keeps it: the rounding of g - 1 is then far below that of y.
-    """
-    if y.dtype != gain.dtype and not y.is_cuda:
-        excess = gain - 1
-        if bool((excess.abs() <= 0.125).all()):
-            return torch.addcmul(y, y, excess.to(y.dtype), out=out)
-    scaled = torch.mul(y, gain) if out is None else out.mul_(gain)
-    return scaled.to(y.dtype)
-
-
 # ------------------------------------------------------------------------------------------------------------- composed
 
 
@@ -253,26 +232,7 @@ def composed(
     return y
 
 
-# ----------------------------------------------------------------------------------------------------------- DoRA's norm
-
-
-def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """g = m / norm (out,); 1 where a row of W + s B A is zero and so is its m."""
-    return torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)
-
-
-def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Row norms (out,) of W + s B A in the dtype of `a`, fp32 at least, without building the sum.
-
-    |W + s B A|^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B> per row. `squares` (out,) holds |W|^2 by row; `weight`
-    (out, in) may be of lower precision, since it only enters the correction. The r-wide rest is taken in fp64: it costs
-    nothing, and a correction that nearly cancels |W|^2 would lose its digits in fp32.
-    """
-    with torch.autocast(weight.device.type, enabled=False):
-        cross = (weight @ a.to(weight.dtype).T).double()  # (out, r)
-        wide_a, wide_b = a.double(), b.double()
-        correction = (wide_b * (2 * scale * cross + scale**2 * (wide_b @ (wide_a @ wide_a.T)))).sum(1)
-        return (squares + correction).clamp_min_(0).sqrt_().to(torch.promote_types(a.dtype, torch.float32))
+# --------------------------------------------------------------------------------------------------------- fingerprints
 
 
 def fingerprint(*tensors: Tensor) -> tuple[int, ...]:

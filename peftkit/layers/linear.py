@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import quant
-from peftkit.kernels import composed, dora_norm, fingerprint, gain_of, linear, shared_down
+from peftkit.kernels import composed, dora_norm, fingerprint, gain_of, linear, norm_memory, shared_down
 from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype, refuse_stacked_dora
 from peftkit.layers.bias import bias_copy
 from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, features, is_bare, is_linear, plain_linear, row_squares, weight_reader
@@ -41,6 +41,7 @@ class LoRALinear(AdapterLayer):
         self.shared: SharedInput | None = None
         self._squares: tuple[Any, Tensor] | None = None
         self._norm: tuple[Any, Tensor] | None = None
+        self._memory: tuple[Any, Any] | None = None
 
     @classmethod
     def stands_for(cls, module: nn.Module) -> bool:
@@ -187,7 +188,7 @@ class LoRALinear(AdapterLayer):
     # ------------------------------------------------------------------------------------------------------ DoRA's norm
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
-        self._squares = self._norm = None  # what is moved to another dtype and back may come to lie where it lay before, rounded
+        self._squares = self._norm = self._memory = None  # what is moved to another dtype and back may come to lie where it lay before, rounded
         return super()._apply(fn, recurse)
 
     def _base_key(self) -> tuple[Any, ...]:
@@ -206,15 +207,19 @@ class LoRALinear(AdapterLayer):
     def norm(self, weight: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """|W + s B A| by row (out,) of the active adapter; `weight` is W (out, in) in any precision.
 
-        On a CPU it is kept for as long as the bits of A and B stay, which are read for it: fused optimizers, bitsandbytes
-        and `.data` write without a trace.
+        It is kept for as long as the bits of A and B stay, which are read for it: fused optimizers, bitsandbytes and `.data`
+        write without a trace. On a GPU the reading and the choice are Triton's, so that the host need not wait; without
+        Triton the norm is taken anew.
         """
         a, b = factors or self.factors()
         if a.device.type != "cpu":
-            return dora_norm(weight, self.squares(), a, b, self.scale)
-        key = (self._base_key(), self.scale, weight.dtype, a.dtype, fingerprint(a, b))
-        if self._norm is None or self._norm[0] != key:
-            self._norm = (key, dora_norm(weight, self.squares(), a, b, self.scale))
+            key = (self._base_key(), self.scale, weight.dtype, a.shape[0])
+            if self._memory is None or self._memory[0] != key:
+                self._memory = (key, norm_memory(weight, a.shape[0]))
+            return dora_norm(weight, self.squares(), a, b, self.scale, self._memory[1])
+        kept = (self._base_key(), self.scale, weight.dtype, a.dtype, fingerprint(a, b))
+        if self._norm is None or self._norm[0] != kept:
+            self._norm = (kept, dora_norm(weight, self.squares(), a, b, self.scale))
             if not self.training:  # the next norm is far off
                 self._squares = None
         return self._norm[1]

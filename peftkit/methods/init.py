@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class Originals:
 
     def __enter__(self) -> Originals:
         index = self._find("model.safetensors.index.json")
-        names = sorted(set(json.loads(open(index).read())["weight_map"].values())) if index else ["model.safetensors"]
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]
         for name in names:
             file = self._find(name)
             if file is None:

@@ -44,7 +44,7 @@ def unknown(module: nn.Module) -> str | None:
         return f"{' and '.join(names)} are not both 3-D parameters"
     if not all(own[name].is_floating_point() and own[name].itemsize > 1 for name in names):
         return f"their dtype is {own[names[0]].dtype}"
-    return "a norm follows each expert" if vars(module)["has_post_expert_norm"] else None
+    return "a norm follows each expert" if vars(module).get("has_post_expert_norm") else None  # older versions of transformers know no such norm
 
 
 def parts(module: nn.Module) -> tuple[str, ...]:

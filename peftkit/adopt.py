@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peftkit import quant
 from peftkit.layers import LoRALinear, Spec, adapter_layers, is_linear, share_inputs, swap
+from peftkit.layers.frozen import is_bare
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,6 @@ class Engine(LoRALinear):
         specs = {adapter: spec for adapter, spec in found.items() if isinstance(spec, Spec)}
         enabled = enabled and bool(active) and len(specs) == len(active) and _stack(list(specs.values()))
         training = layer.training or any(spec.dropout for spec in specs.values())
-        if self.shared is not None and (active, specs) != (self.active, self.specs):
-            self.shared.products.clear()  # they are of the adapters before
         vars(self).update(active=active, specs=specs, enabled=enabled, training=training)  # nn.Module's setattr costs more than all this
 
     def forget(self) -> None:
@@ -92,13 +91,14 @@ class Adopted(nn.Module):
             return engine.forward(x)
         return super().forward(x, *args, **kwargs)
 
+    # What writes to the frozen weight and leaves no trace on it; unmerging follows a merge.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adopted:
+        self._engine.forget()
+        return super()._apply(fn, recurse)
+
     def merge(self, *args: Any, **kwargs: Any) -> None:
         self._engine.forget()
         super().merge(*args, **kwargs)  # type: ignore[misc]
-
-    def unmerge(self) -> None:
-        self._engine.forget()
-        super().unmerge()  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (self.peft_class,), vars(self)
@@ -171,11 +171,12 @@ def layer_problem(layer: Any) -> str | None:
         return f"it stands around another adapter layer, {type(base).__name__}"
     if "forward" in vars(layer):
         return "its forward was replaced by another library"
-    plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and type(base.weight) is nn.Parameter
-    if not is_linear(base) or not (plain or quant.is_quantized(base)):
+    if not is_linear(base) or not (type(base.weight) is nn.Parameter or quant.is_quantized(base)):
         return f"a base of the kind {type(base).__name__} with weights of the kind {type(base.weight).__name__}"
     if base.weight.device.type == "meta":
         return "its weights are offloaded"
+    if not is_bare(base):
+        return f"its {type(base).__name__} has hooks or a forward of its own"
     return None
 
 

@@ -204,6 +204,15 @@ def test_trl_sft_trainer_on_4_bits(saved_llama, tmp_path):
 # -------------------------------------------------------------------------------------------------- what peft's users do
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_the_base_that_train(bias, ids):
+    for dora in (False, True):
+        theirs, ours = pair(bias=bias, use_dora=dora)
+        expected = gradients(theirs, ids)
+        assert sum("base_layer.bias" in name for name in expected) == 14
+        assert_same_gradients(gradients(ours, ids), expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 32}}, {"use_dora": True}])
 def test_outputs_in_evaluation(options, ids):
     theirs, ours = pair(**options)
@@ -267,19 +276,20 @@ def test_merging(dora, ids):
         pk.release(found)
 
 
-def test_a_norm_is_not_kept_over_a_merge(ids):
-    """The merge writes through .data, which leaves no trace on the weight but other bits."""
+@pytest.mark.parametrize("event", ["merge", "move"])
+def test_a_norm_is_not_kept_over_what_writes_to_the_weight_without_a_trace(event):
     ours = peft_model(use_dora=True)
     pk.adopt(ours)
-    logits(ours, ids)
-    ours.merge_adapter()
-    ours.unmerge_adapter()
-    layer = ours.base_model.model.model.layers[0].mlp.down_proj
-    layer.base_layer.weight.data *= 2
-    layer.merge(), layer.unmerge()
+    layer = ours.base_model.model.model.layers[0].mlp.down_proj.train()
     x = torch.randn(3, 96)
     with torch.no_grad():
-        assert torch.allclose(layer(x), lora.Linear.forward(layer, x), atol=1e-5)
+        layer(x)  # the norm is kept from here
+        layer.base_layer.weight.data *= 2
+        if event == "merge":
+            layer.merge(), layer.unmerge()
+        else:
+            ours.float()
+        assert torch.allclose(layer(x), lora.Linear.forward(layer, x), atol=1e-4)
 
 
 def test_disabled_adapters_are_the_base(ids):
@@ -552,7 +562,7 @@ def test_what_stays_with_peft_is_said_with_its_reason(ids):
     reasons = {name.removeprefix("base_model.model.model."): why for name, why in report.left.items()}
     assert reasons.keys() == {"embed_tokens", "layers.0.mlp.up_proj", "layers.1.mlp.up_proj"} and len(report.adopted) == 12
     assert "lora.Embedding" in reasons["embed_tokens"] and "Scaled" in reasons["layers.0.mlp.up_proj"]
-    assert "another library" in reasons["layers.1.mlp.up_proj"]
+    assert "another library" in reasons["layers.1.mlp.up_proj"] and "a forward of its own" in reasons["layers.0.mlp.up_proj"]
     assert all(why in str(report) for why in reasons.values())
     assert torch.equal(logits(ours, ids), logits(theirs, ids))
     assert_same_gradients(gradients(ours.train(), ids), gradients(theirs.train(), ids))

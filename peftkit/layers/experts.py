@@ -197,6 +197,8 @@ def from_file_modules(modules: list[str], target_parameters: list[str], model: n
     for name in modules:
         owner = name.replace(".base_layer", "")
         module = dict(model.named_modules()).get(owner)
+        while isinstance(module, LoRAExperts):  # adapted already
+            module = module.base_layer
         if module is None or not frozen.is_experts(module):
             found.append(name)
             continue

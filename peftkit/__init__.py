@@ -19,6 +19,7 @@ _WHERE = {
     "describe": "peftkit.methods",
     "set_adapter": "peftkit.methods",
     "delete_adapter": "peftkit.methods",
+    "active_adapters": "peftkit.methods",
     "adapters_disabled": "peftkit.methods",
     "LoRA": "peftkit.methods",
     "DoRA": "peftkit.methods",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from peftkit.methods import LoRAPlus as LoRAPlus
     from peftkit.methods import NEFTune as NEFTune
     from peftkit.methods import QLoRA as QLoRA
+    from peftkit.methods import active_adapters as active_adapters
     from peftkit.methods import adapters_disabled as adapters_disabled
     from peftkit.methods import attach as attach
     from peftkit.methods import delete_adapter as delete_adapter

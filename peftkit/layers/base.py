@@ -110,7 +110,6 @@ class AdapterLayer(nn.Module, ABC):
             raise ValueError(f"unknown adapter {adapter!r}; there is {', '.join(map(repr, self.specs)) or 'none'}")
         del self.specs[adapter]
         self.active = [name for name in self.active if name != adapter]
-        self.chosen = [name for name in self.chosen if name != adapter]
         for child in self.children():
             if isinstance(child, (nn.ModuleDict, nn.ParameterDict)) and adapter in child:
                 del child[adapter]
@@ -177,6 +176,7 @@ class AdapterLayer(nn.Module, ABC):
                 trained.parameter.requires_grad_(adapter in self.active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self.chosen = [name for name in self.chosen if name != adapter_name]
         if adapter_name in self.specs:
             self.delete(adapter_name)
 

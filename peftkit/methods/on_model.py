@@ -107,8 +107,7 @@ def _check_name(model: nn.Module, record: Attachment | None, adapter: str) -> No
 def _take_off(model: nn.Module, record: Attachment, adapter: str) -> None:
     """Undoes `attach` of one adapter; with the last one the model is what it was before the first."""
     for name, layer in reversed(adapter_layers(model).items()):  # what wraps another layer, after it
-        if adapter in layer.specs:
-            layer.delete(adapter)
+        layer.delete_adapter(adapter)
         if not layer.specs:
             swap(model, name, layer.base_layer)
     share_inputs(model)

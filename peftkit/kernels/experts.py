@@ -176,7 +176,7 @@ def _as(grad_a: Tensor | None, grad_b: Tensor | None, master: Tensor | None) -> 
 
 def _summed(rows: Tensor, slots: Tensor, tokens: int, each: int) -> Tensor:
     """The rows summed by token (tokens, features); adding them in place would depend on their order on a GPU."""
-    return rows.new_zeros(tokens * each, rows.shape[1]).index_copy_(0, slots, rows).view(tokens, each, -1).sum(1)
+    return rows.new_zeros(tokens * each, rows.shape[1]).index_copy_(0, slots, rows).view(tokens, each, rows.shape[1]).sum(1)
 
 
 @torch.compiler.disable  # how many rows each expert gets is known only when it runs

@@ -38,7 +38,11 @@ class AdapterFile(NamedTuple):
     def method(self, low_rank: list[str], whole: list[str]) -> LoRA:
         """The method of the adapter on the modules `low_rank`, with the modules `whole` trained as a whole. Raises ConfigError."""
         config = self.config
-        patterns = {field: config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")}
+        # A pattern that decides nothing is an error where it is asked for; in a file it is without meaning.
+        ranks, alphas = (
+            {pattern: value for pattern, value in found.items() if pattern in {deciding(found, name) for name in low_rank}}
+            for found in (config.get("rank_pattern") or {}, config.get("alpha_pattern") or {})
+        )
         try:
             return (DoRA if config.get("use_dora") else LoRA)(
                 r=config["r"],
@@ -46,8 +50,8 @@ class AdapterFile(NamedTuple):
                 dropout=config.get("lora_dropout") or 0.0,
                 rslora=config.get("use_rslora") or False,
                 target_modules=low_rank,
-                # A pattern that decides nothing is an error where it is asked for; in a file it is without meaning.
-                **{field: {p: value for p, value in found.items() if p in {deciding(found, name) for name in low_rank}} for field, found in patterns.items()},
+                rank_pattern=ranks,
+                alpha_pattern=alphas,
                 bias=config.get("bias") or "none",
                 init=from_peft(config.get("init_lora_weights")),
                 modules_to_save=whole,

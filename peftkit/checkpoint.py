@@ -144,7 +144,9 @@ def _low_rank(model: nn.Module, file: AdapterFile) -> list[str]:
 
 def _check_scales(file: AdapterFile, method: LoRA, attached: Sequence[Method]) -> None:
     here = next((found for found in attached if isinstance(found, LoRA)), None)
-    for name in method.target_modules if here is not None else ():
+    if here is None:
+        return
+    for name in method.target_modules:
         stored, scale = method.spec(name).scale, here.spec(name).scale
         if not math.isclose(stored, scale, rel_tol=1e-6):
             raise CheckpointError(

@@ -57,6 +57,7 @@ def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Mo
     # An 8-bit layer names no compute dtype: its weight becomes what the model keeps the rest in.
     kept = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point() and not parameter.requires_grad), None)
     for name, layer in reversed(layers.items()):  # what wraps another layer, after it
+        weight: Tensor | None
         if originals is not None:
             weight = originals[name].to(next(layer.parameters()).device)
         else:

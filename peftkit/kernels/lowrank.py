@@ -175,7 +175,9 @@ class _Linear(torch.autograd.Function):
         x, h, a, b, magnitude, bias, y = ctx.saved_tensors
         need_x, need_h, need_a, need_b, need_magnitude, need_bias = ctx.needs_input_grad[:6]
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = grad_h = grad_a = grad_b = grad_magnitude = grad_bias = None
+        grad_x: Any = None
+        grad_h: Any = None
+        grad_a = grad_b = grad_magnitude = grad_bias = None
         if magnitude is not None:
             if need_magnitude and ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
                 y = compose_(x.reshape(-1, x.shape[-1]) @ ctx.weight(x.dtype).T, h, b, ctx.scale, magnitude, ctx.norm, bias)

@@ -115,7 +115,8 @@ def merge_to(adapter: str, output: str, model: str | None, quantize: str | None,
         raise ConfigError(f"--onto: unknown {onto!r}{suggest(onto, ('trained', 'original'))} (there are: trained, original)")
     target = Path(output)
     if target.exists() and any(target.iterdir()):
-        hint = "; to average adapters, name the output with --output" if (target / CONFIG_FILE).exists() else ""
+        adapter_there = any((folder / CONFIG_FILE).exists() for folder in (target, target / "adapter"))
+        hint = "; to average adapters, name the output with --output" if adapter_there else ""
         raise ConfigError(f"{output} exists and is not empty; give a new folder{hint}")
     origin = find_origin(adapter, model, quantize)
     adapted, tokenizer = load_adapted(origin)

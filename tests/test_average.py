@@ -323,11 +323,11 @@ class Net(nn.Module):
         return self.head(self.linear(self.embed(x)))
 
 
-def mixtral() -> MixtralForCausalLM:
+def mixtral(layers: int = 1) -> MixtralForCausalLM:
     torch.manual_seed(0)
     return MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4
+            vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4
         )
     )
 
@@ -338,7 +338,6 @@ KINDS = {
     "patterns": (tiny_llama, {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj"], **PATTERNS}),
     "embedding": (Net, {"r": 2, "target_modules": ["embed", "linear"]}),
     "convolutions": (Net, {"r": 2, "target_modules": ["conv", "point", "linear"]}),
-    "lora_bias": (Net, {"r": 2, "target_modules": ["conv", "linear"], "lora_bias": True}),
     "biases": (Net, {"r": 2, "target_modules": ["linear"], "bias": "all"}),
     "modules_to_save": (Net, {"r": 2, "target_modules": ["linear"], "modules_to_save": ["head"]}),
     "tokens": (tiny_llama, {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 3]}}),
@@ -360,13 +359,27 @@ def test_every_kind_against_pefts_merged_weights(kind, rank, tmp_path):
     folders = [adapter(tmp_path / str(seed), build(), seed, **config) for seed in (1, 2)]
     base, (first, second) = build().state_dict(), (merged(build(), folder) for folder in folders)
     report = average(folders, [0.75, 0.25], tmp_path / "mean", rank=rank)
-    ours = merged(build(), tmp_path / "mean")
+    ours, here = merged(build(), tmp_path / "mean"), pk.merge(pk.load_adapter(build(), tmp_path / "mean")).state_dict()
+    assert_close(here, ours)
     assert sum(not torch.equal(first[name], base[name]) for name in base) >= 2
     for name, weight in base.items():
         delta = 0.75 * (first[name] - weight) + 0.25 * (second[name] - weight)
         torch.testing.assert_close(ours[name], weight + (delta if rank is None or delta.ndim < 2 else best(delta, rank)), rtol=1e-4, atol=1e-5, msg=name)
     assert (report.error < 1e-6) == (rank is None)
     assert ("held in full are averaged plainly" in str(report)) == (kind in ("biases", "modules_to_save", "tokens"))
+
+
+def test_experts_that_one_adapter_lacks_in_a_layer(tmp_path):
+    """A file gives its experts one rank: where a sum is of fewer, zeros fill it up."""
+    one, two = (adapter(tmp_path / str(seed), mixtral(2), seed, r=2, **EXPERTS) for seed in (1, 2))
+    base, first, second = mixtral(2).state_dict(), merged(mixtral(2), one), merged(mixtral(2), two)
+    rewrite(two, lambda state: {key: tensor for key, tensor in state.items() if "layers.1.mlp.experts" not in key})
+    report = average([one, two], [1, 1], tmp_path / "sum")
+    assert set(report.ranks.values()) == {4} and "has no update of 2 of the 6 modules" in str(report)
+    ours = merged(mixtral(2), tmp_path / "sum")
+    for name, weight in base.items():
+        other = weight if "layers.1.mlp.experts" in name else second[name]
+        torch.testing.assert_close(ours[name], first[name] + other - weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_modules_that_one_adapter_lacks_count_as_zero(tmp_path, ids):
@@ -382,6 +395,18 @@ def test_modules_that_one_adapter_lacks_count_as_zero(tmp_path, ids):
     for name, delta in weighted([one, two], [0.5, -1]).items():
         wanted[name.removeprefix("base_model.model.") + ".weight"] += delta.float()
     assert_close(ours, wanted, 1e-5)
+
+
+def test_adapters_of_other_modules_are_put_together(tmp_path):
+    one = llama_adapter(tmp_path / "one", 1, target_modules=["q_proj"], layers_to_transform=[1])
+    two = llama_adapter(tmp_path / "two", 2, target_modules=".*up_proj", exclude_modules=["layers.1.mlp.up_proj"])
+    report = average([one, two], [1, 1], tmp_path / "sum")
+    assert report.ranks == {"model.layers.0.mlp.up_proj": 4, "model.layers.1.self_attn.q_proj": 4}
+    wanted = merged(tiny_llama(), one)
+    wanted["model.layers.0.mlp.up_proj.weight"] = merged(tiny_llama(), two)["model.layers.0.mlp.up_proj.weight"]
+    assert_close(merged(tiny_llama(), tmp_path / "sum"), wanted, 1e-5)
+    config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(report.ranks) and config["layers_to_transform"] is config["exclude_modules"] is None
 
 
 def test_a_rank_is_lowered_where_a_module_allows_no_more(three, tmp_path):
@@ -441,14 +466,15 @@ DAMAGES = {
     "rank": (say(r=3), CheckpointError, "are no factors of rank 3"),
     "shape": (put("lora_A.weight", torch.ones(8, 5)), CheckpointError, r"\(64, 64\).*\(64, 5\)"),
     "sides": (put("lora_B.weight", torch.ones(64, 7)), CheckpointError, r"A \(8, 64\), B \(64, 7\) are no factors"),
-    "bias": (put("lora_B.bias", torch.ones(5)), CheckpointError, r"lora_B\.bias \(5,\) does not fit"),
+    "bias": (put("lora_B.bias", torch.ones(64)), CheckpointError, r"lora_B\.bias cannot be averaged"),
+    "whole numbers": (put("lora_A.weight", torch.ones(8, 64, dtype=torch.int32)), CheckpointError, "holds int32 numbers"),
     "key": (put("lora_C.weight", torch.ones(1)), CheckpointError, r"lora_C\.weight cannot be averaged"),
     "prefix": (put("q.lora_A.weight", torch.ones(1)), CheckpointError, "does not start with base_model"),
     "plain": (put("base_model.model.score.weight", torch.ones(1)), CheckpointError, r"score.weight is held in full by .*second and is not in .*first"),
     "empty": (lambda folder: rewrite(folder, lambda _: {}), CheckpointError, "holds no LoRA update"),
-    "truncated": (cut, CheckpointError, "second cannot be read"),
-    "no json": (lambda folder: (folder / "adapter_config.json").write_text("{"), CheckpointError, "second cannot be read"),
-    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), ConfigError, "peft_type None is not LoRA"),
+    "truncated": (cut, CheckpointError, r"second/adapter_model\.safetensors cannot be read"),
+    "no json": (lambda folder: (folder / "adapter_config.json").write_text("{"), CheckpointError, "adapter_config.json cannot be read as JSON"),
+    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), CheckpointError, "holds no JSON object"),
     "base": (say(base_model_name_or_path="org/other"), ConfigError, "'org/base'.*'org/other': updates of different bases"),
     "revision": (say(revision="v2"), ConfigError, "revision: .*'v1'.*'v2'"),
     "tokens": (say(trainable_token_indices=[2, 1]), ConfigError, r"trainable_token_indices: .*\[1, 2\].*\[2, 1\]: they must be the same"),
@@ -459,8 +485,8 @@ DAMAGES = {
     "alpha": (say(lora_alpha="16"), ConfigError, "lora_alpha a finite number"),
     "pattern": (say(rank_pattern={"q_proj": 0}), ConfigError, "r must be a whole number above 0"),
     "expert": (say(rank_pattern={"experts.up": 2}, target_parameters=["experts.up"]), ConfigError, "the parameter 'experts.up'"),
-    "pickle": (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), ConfigError, "a .bin file is a pickle"),
-    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), ConfigError, "second is neither an adapter folder nor a run folder"),
+    "pickle": (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), ConfigError, "second holds its weights as a pickle"),
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), ConfigError, "second is no adapter folder: it holds no adapter_config.json"),
 }
 
 
@@ -507,6 +533,27 @@ def test_folders_that_are_not_there_or_not_free(three, tmp_path):
     assert average(three, None, tmp_path / "out").folder == tmp_path / "out", "an empty folder is free"
 
 
+def test_what_peftkit_wrote_beside_the_adapters_is_heeded(tmp_path):
+    """The card: a file that was changed since, and bases of one name that are not the same."""
+    for name, seed in {"one": 0, "two": 0, "other": 1}.items():
+        model = tiny_llama(seed)
+        model.name_or_path = "llama"
+        pk.attach(model, pk.LoRA(r=2, target_modules=["q_proj"]))
+        wake(model)
+        pk.save_adapter(model, tmp_path / name)
+    average([tmp_path / "one", tmp_path / "two"], None, tmp_path / "mean")
+    card = json.loads((tmp_path / "mean" / "peftkit.json").read_text())
+    assert card["base"] == "llama" and card["weights"] == json.loads((tmp_path / "one" / "peftkit.json").read_text())["weights"]
+    with pytest.raises(CheckpointError, match="trained on another base"):
+        pk.load_adapter(tiny_llama(1), tmp_path / "mean")
+    with pytest.raises(ConfigError, match=r"one and .*other were trained on bases of one name whose model\.embed_tokens\.weight differ"):
+        average([tmp_path / "one", tmp_path / "other"], None, tmp_path / "no")
+    for folder in (tmp_path / "two", tmp_path / "mean"):
+        rewrite(folder, lambda state: {key: tensor + 1 for key, tensor in state.items()})
+        with pytest.raises(CheckpointError, match="SHA-256 differs"):
+            average([tmp_path / "one", folder], None, tmp_path / "no")
+
+
 def test_too_large_for_fp32_leaves_nothing(three, tmp_path):
     with pytest.raises(CheckpointError, match="too large for fp32"):
         average(three, [1e39, 1, 1], tmp_path / "out")
@@ -525,6 +572,9 @@ def test_one_folder_under_two_names_is_one_base(three, tmp_path):
     configure(three[0], base_model_name_or_path=str(tmp_path / "base"))
     configure(three[1], base_model_name_or_path=str(tmp_path / "link"))
     assert average(three[:2], None, tmp_path / "out").error < 1e-6
+    configure(three[0], base_model_name_or_path="/a/site-packages/peftkit/builtin/tiny")
+    configure(three[1], base_model_name_or_path="/b/site-packages/peftkit/builtin/tiny")
+    assert average(three[:2], None, tmp_path / "tiny").error < 1e-6
 
 
 # --------------------------------------------------------------------------------------------------------------- terminal
@@ -597,7 +647,7 @@ def test_wrong_commands_exit_2_with_one_message(misuse, peftkit, three, tmp_path
 def test_damaged_files_exit_1(peftkit, three, tmp_path):
     DAMAGES["truncated"][0](three[1])
     done = peftkit("merge", *three, "--output", tmp_path / "out")
-    assert done.returncode == 1 and "failed:" in done.stderr and "second cannot be read" in done.stderr
+    assert done.returncode == 1 and "failed:" in done.stderr and "cannot be read" in done.stderr
 
 
 def test_the_report_reads_well():

@@ -9,7 +9,7 @@ B1 A2 and B2 A1, which nobody trained. All is computed in fp64 from the files al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from peftkit.average.files import Update, check_together, common_config, common_
 from peftkit.config import ConfigError, suggest
 from peftkit.console import bar
 
+Dense = Callable[[Tensor, Tensor], Tensor]  # deltas (n, ...), weights (n,) -> (...)
 METHODS = ("linear", "ties", "dare")
 DENSITY = {"ties": 0.2, "dare": 0.5}  # TIES: the paper's k = 20%
 
@@ -86,22 +87,26 @@ def average(
     layouts = common_layouts(adapters, notes)
     ranks = ranks_of(adapters, layouts, rank, factored=method == "linear")
     config = common_config(adapters, layouts, ranks)
-    entries = Entries(method, density, sum(map(abs, weights)), torch.Generator().manual_seed(seed or 0))
+    generator, total = torch.Generator().manual_seed(seed or 0), sum(map(abs, weights))
+
+    def dense(deltas: Tensor, here: Tensor) -> Tensor:
+        return ties(deltas, here, density, total) if method == "ties" else dare(deltas, here, density, generator)
+
     sizes, offs = {}, {}
     with bar(console, "averaging", len(ranks)) if console else nullcontext() as shown:
         for name in ranks:
             here = [(adapter.updates[name], weight) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter.updates]
-            a, b, sizes[name], offs[name] = _update(here, entries, ranks[name], exact=rank is None)
-            bias = _bias(here, entries) if config["lora_bias"] else None
-            state |= layouts[name].to_state(name, a, b, bias)
+            a, b, sizes[name], offs[name] = _combined(here, ranks[name], exact=rank is None, dense=None if method == "linear" else dense)
+            state |= layouts[name].to_state(name, a, b)
             if shown:
                 shown.advance()
     zero = [name for name in ranks if not sizes[name]]
     if zero:
         notes.append(f"the updates of {len(zero)} modules cancel out or are zero: {few(zero)}")
     of = [{"folder": str(adapter.folder), "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)]
-    made = {"of": of, "method": method, "rank": rank, "density": density, "seed": (seed or 0) if method == "dare" else None}
-    write(target, state, config, {"base": config["base_model_name_or_path"], "average": made})
+    base = {"base": config["base_model_name_or_path"], "weights": next((found for adapter in adapters if (found := adapter.card.get("weights"))), None)}
+    made = {"of": of, "method": method, "rank": rank, "density": density if method != "linear" else None, "seed": (seed or 0) if method == "dare" else None}
+    write(target, state, config, base | {"average": made})
     size, off = math.hypot(*sizes.values()), math.hypot(*offs.values())
     errors = {name: offs[name] / sizes[name] if sizes[name] else 0.0 for name in ranks}
     return AverageReport(target, method, weights, ranks, errors, off / size if size else 0.0, notes)
@@ -130,34 +135,20 @@ def _check_usage(folders: Sequence, weights: list[float], target: Path, rank: in
     return density if density is not None else DENSITY.get(method, 1.0)
 
 
-@dataclass(frozen=True)
-class Entries:
-    """Combines deltas (n, ...) with weights (n,), entry by entry; `total` is the sum of |w_i| over all adapters, absent ones too."""
+def _combined(updates: list[tuple[Update, float]], rank: int, exact: bool, dense: Dense | None) -> tuple[Tensor, Tensor, float, float]:
+    """(A, B, |delta|, |delta - B A|) of one module's combination delta, with A and B in fp32 and of the rank of the file.
 
-    method: str
-    density: float
-    total: float
-    generator: torch.Generator
-
-    def __call__(self, deltas: Tensor, weights: Tensor) -> Tensor:
-        if self.method == "ties":
-            return ties(deltas, weights, self.density, self.total)
-        if self.method == "dare":
-            return dare(deltas, weights, self.density, self.generator)
-        return torch.tensordot(weights, deltas, 1)
-
-
-def _update(updates: list[tuple[Update, float]], entries: Entries, rank: int, exact: bool) -> tuple[Tensor, Tensor, float, float]:
-    """(A, B, |delta|, |delta - B A|) of one module's combination delta, with A and B in fp32 and of the rank of the file."""
+    dense combines updates (n, ..., out, in) that are built; None is their weighted sum, for which they are not.
+    """
     factors = [(update.a.double(), update.scale * update.b.double()) for update, _ in updates]
     weights = torch.tensor([weight for _, weight in updates], dtype=torch.float64)
-    if entries.method == "linear":
+    if dense is None:
         long_a, long_b = torch.cat([a for a, _ in factors], -2), torch.cat([weight * b for weight, (_, b) in zip(weights, factors, strict=True)], -1)
         a, b = (factor.float() for factor in ((long_a, long_b) if exact else truncate_factors(long_a, long_b, rank)))
         size = factored_norm(long_a, long_b)
         off = factored_norm(torch.cat([long_a, -a.double()], -2), torch.cat([long_b, b.double()], -1))
     else:
-        delta = entries(torch.stack([b @ a for a, b in factors]), weights)
+        delta = dense(torch.stack([b @ a for a, b in factors]), weights)
         a, b = (factor.float() for factor in truncate(delta, rank))
         size, off = delta.norm().item(), (delta - b.double() @ a.double()).norm().item()
     parts = sum(abs(weight) * factored_norm(a, b) for weight, (a, b) in zip(weights.tolist(), factors, strict=True))
@@ -165,10 +156,3 @@ def _update(updates: list[tuple[Update, float]], entries: Entries, rank: int, ex
         size = off = 0.0
     # Zero rows and columns up to the rank of the file: all experts share one there.
     return pad(a, (0, 0, 0, rank - a.shape[-2])), pad(b, (0, rank - b.shape[-1])), size, off
-
-
-def _bias(updates: list[tuple[Update, float]], entries: Entries) -> Tensor:
-    """The combination of the biases (out,) trained beside B, of zeros where there is none."""
-    biases = [torch.zeros(update.layout.outputs) if update.bias is None else update.scale * update.bias.double() for update, _ in updates]
-    weights = torch.tensor([weight for _, weight in updates], dtype=torch.float64)
-    return entries(torch.stack([bias.double() for bias in biases]), weights).float()

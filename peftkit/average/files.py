@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftkit.checkpoint import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PREFIX, CheckpointError
+from peftkit.adapter_file import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PREFIX, CheckpointError, checksum, read_folder
 from peftkit.config import ConfigError, suggest
 
 
@@ -28,22 +27,19 @@ class Layout(NamedTuple):
     experts: int = 1  # of a parameter (experts, out, in), whose A is (experts r, in) and B (out, r experts)
     embedding: bool = False
 
-    def to_state(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """The file's tensors of the module `name`: A (experts, r, in), B (experts, out, r), a bias (out,) trained beside B."""
-        stem = PREFIX + name
+    def to_state(self, name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """The file's tensors of the module `name`: A (experts, r, in) and B (experts, out, r)."""
         kind, end = (".lora_embedding_", "") if self.embedding else (".lora_", ".weight")
         a = a.reshape(-1, self.inputs, *self.kernel)
         b = b.permute(1, 2, 0).reshape(self.outputs, -1, *(1 for _ in self.kernel))
-        state = {f"{stem}{kind}A{end}": a.contiguous(), f"{stem}{kind}B{end}": b.contiguous()}
-        return state if bias is None else state | {f"{stem}.lora_B.bias": bias}
+        return {f"{PREFIX}{name}{kind}A{end}": a.contiguous(), f"{PREFIX}{name}{kind}B{end}": b.contiguous()}
 
 
 class Update(NamedTuple):
-    """delta = scale B A of one module in one adapter, and the bias that was trained beside B."""
+    """delta = scale B A of one module in one adapter."""
 
     a: Tensor  # (experts, r, in), in the file's dtype
     b: Tensor  # (experts, out, r)
-    bias: Tensor | None  # (out,)
     scale: float
     layout: Layout
 
@@ -51,6 +47,7 @@ class Update(NamedTuple):
 class Adapter(NamedTuple):
     folder: Path
     config: dict[str, Any]
+    card: dict[str, Any]  # what peftkit wrote beside it, or nothing
     updates: dict[str, Update]  # by module
     plain: dict[str, Tensor]  # by key: weights held in full
 
@@ -60,47 +57,26 @@ def few(names: list[str]) -> str:
 
 
 def find_adapter(folder: str | Path) -> Path:
-    """The adapter folder that is meant by it or by its run folder. Raises ConfigError, with near names, where there is none."""
+    """The adapter folder that is meant by it or by its run folder. Raises ConfigError, with near names, where there is no folder."""
     folder = Path(folder)
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         raise ConfigError(f"there is no folder {folder}{suggest(folder.name, near)}")
-    if not (folder / CONFIG_FILE).exists() and (folder / "adapter" / CONFIG_FILE).exists():
-        folder = folder / "adapter"
-    for name in (CONFIG_FILE, ADAPTER_FILE):
-        if not (folder / name).exists():
-            pickled = "; a .bin file is a pickle, which can run code: convert it to safetensors" if (folder / "adapter_model.bin").exists() else ""
-            raise ConfigError(f"{folder} is neither an adapter folder nor a run folder with one: it holds no {name}{pickled}")
-    return folder
-
-
-# What the combination takes into account, and what says nothing about the files' meaning. Whatever else is set is refused.
-_HANDLED = set("""
-    peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern
-    target_parameters lora_bias bias modules_to_save trainable_token_indices fan_in_fan_out init_lora_weights lora_dropout
-    base_model_name_or_path revision task_type auto_mapping
-    inference_mode peft_version qalora_group_size megatron_core megatron_config eva_config runtime_config loftq_config
-""".split())  # fmt: skip
-_PARTS = {"A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B"}
+    inner = folder / "adapter"
+    return inner if not (folder / CONFIG_FILE).exists() and (inner / CONFIG_FILE).exists() else folder
 
 
 def read(folder: Path) -> Adapter:
     """The updates and plain weights of an adapter folder. Raises ConfigError for what is no plain LoRA, else CheckpointError."""
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        state = load_file(folder / ADAPTER_FILE)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error})") from error
+    _, config, state, card = read_folder(folder)
     _check_config(folder, config)
     found: dict[str, dict[str, Tensor]] = {}
     plain = {}
     for key, tensor in state.items():
-        if not torch.isfinite(tensor.float()).all():
-            raise CheckpointError(f"{folder / ADAPTER_FILE}: {key} holds NaN or infinity")
         stem, lora, part = key.rpartition(".lora_")
         if not key.startswith(PREFIX):
             raise CheckpointError(f"{folder / ADAPTER_FILE}: {key} is no key of peft's files: it does not start with {PREFIX}")
-        if lora and part not in _PARTS:
+        if lora and part not in ("A.weight", "B.weight", "embedding_A", "embedding_B"):
             raise CheckpointError(f"{folder / ADAPTER_FILE}: {key} cannot be averaged: it is neither A nor B of a LoRA update")
         if lora:
             found.setdefault(stem.removeprefix(PREFIX), {})[part] = tensor
@@ -108,27 +84,18 @@ def read(folder: Path) -> Adapter:
             plain[key] = tensor
     if not found:
         raise CheckpointError(f"{folder / ADAPTER_FILE} holds no LoRA update")
-    return Adapter(folder, config, {name: _update(folder, config, name, parts) for name, parts in found.items()}, plain)
+    return Adapter(folder, config, card, {name: _update(folder, config, name, parts) for name, parts in found.items()}, plain)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
     where = folder / CONFIG_FILE
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise ConfigError(f"{where}: peft_type {kind!r} is not LoRA: only updates s B A can be averaged")
     if config.get("use_dora"):
         raise ConfigError(
             f"{where}: a DoRA adapter: g (W + s B A) is not W plus an update, so averaging it needs the base; "
             f"merge it into its base first (peftkit merge {folder} OUTPUT) and average the merged weights"
         )
-    start = config.get("init_lora_weights", True)
-    if start not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise ConfigError(f"{where}: init_lora_weights: {start!r} changed the base, so this update is not relative to it; convert it to plain LoRA with peft")
-    for key in config.keys() - _HANDLED - {"use_dora"}:
-        if config[key]:
-            raise ConfigError(f"{where}: {key}: {config[key]!r} is not supported in averaging")
-    ranks = [config.get("r", 8), *_patterns(config, "rank").values()]
-    alphas = [config.get("lora_alpha", 8), *_patterns(config, "alpha").values()]
+    ranks = [config["r"], *_patterns(config, "rank").values()]
+    alphas = [config["lora_alpha"], *_patterns(config, "alpha").values()]
     if not all(isinstance(r, int) and r > 0 for r in ranks) or not all(isinstance(alpha, (int, float)) and math.isfinite(alpha) for alpha in alphas):
         raise ConfigError(f"{where}: r must be a whole number above 0 and lora_alpha a finite number, also in the patterns")
     # A key of experts does not say which of the module's parameters it belongs to.
@@ -153,22 +120,19 @@ def _update(folder: Path, config: dict[str, Any], name: str, parts: dict[str, Te
     def of(kind: str, default: float) -> float:  # as peft does: the first pattern that matches the end of the name
         return next((value for pattern, value in _patterns(config, kind).items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), default)
 
-    r, experts = of("rank", config.get("r", 8)), 1
-    alpha = of("alpha", config.get("lora_alpha", 8))
+    r, experts = of("rank", config["r"]), 1
+    alpha = of("alpha", config["lora_alpha"])
     shapes = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
     if a.ndim > 2 and b.ndim == a.ndim and b.shape[1] != len(a):
         raise CheckpointError(f"{where} ({shapes}) is a convolution in groups, which is not supported in averaging")
-    if len(a) != r and config.get("target_parameters") and a.ndim == 2 and len(a) % config.get("r", 8) == 0:
-        r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    if len(a) != r and config.get("target_parameters") and a.ndim == 2 and len(a) % config["r"] == 0:
+        r, alpha = config["r"], config["lora_alpha"]
         experts = len(a) // r
     if min(a.ndim, b.ndim) < 2 or a.ndim != b.ndim or b.shape[1] != len(a) or b.numel() != len(b) * len(a) or len(a) != experts * r:
         raise CheckpointError(f"{where}: {shapes} are no factors of rank {r}, which {CONFIG_FILE} gives it")
     layout = Layout(a.shape[1], b.shape[0], tuple(a.shape[2:]), experts, embedding)
     a, b = a.reshape(experts, len(a) // experts, -1), b.reshape(len(b), -1, experts).permute(2, 0, 1)
-    bias = parts.get("B.bias")
-    if bias is not None and bias.shape != (layout.outputs,):
-        raise CheckpointError(f"{where}: lora_B.bias {tuple(bias.shape)} does not fit {shapes}")
-    return Update(a, b, bias, alpha / (math.sqrt(r) if config.get("use_rslora") else r), layout)
+    return Update(a, b, alpha / (math.sqrt(r) if config.get("use_rslora") else r), layout)
 
 
 # --------------------------------------------------------------------------------------------------------------- together
@@ -186,13 +150,29 @@ def check_together(adapters: list[Adapter]) -> None:
         for folder, value in told[1:]:
             holder, first = told[0]
             same = _plainly(value) == _plainly(first) if key != "trainable_token_indices" else value == first  # rows stand in that order
-            if not same and not (key == "base_model_name_or_path" and _same_folder(value, first)):
+            if not same and not (key == "base_model_name_or_path" and _same_base(value, first)):
                 why = "updates of different bases cannot be averaged" if key in ("base_model_name_or_path", "revision") else "they must be the same"
                 raise ConfigError(f"{key}: {holder} has {first!r}, {folder} has {value!r}: {why}")
+    marked = [(adapter.folder, adapter.card["weights"]) for adapter in adapters if adapter.card.get("weights")]
+    for folder, landmark in marked[1:]:
+        holder, first = marked[0]
+        if landmark["name"] == first["name"] and not _same_weights(landmark, first):
+            raise ConfigError(f"{holder} and {folder} were trained on bases of one name whose {first['name']} differ: their updates cannot be averaged")
 
 
-def _same_folder(one: str, other: str) -> bool:
-    return Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other)
+def _same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two cards show the same frozen weight, but for the rounding of 16-bit types."""
+    if one["shape"] != other["shape"]:
+        return False
+    alike = torch.isclose(torch.tensor(one["values"]), torch.tensor(other["values"]), rtol=2**-7, atol=1e-6)
+    return alike.float().mean().item() > 0.9
+
+
+def _same_base(one: str, other: str) -> bool:
+    """Two names of one local folder, or of the model that every installation brings."""
+    one_path, other_path = Path(one), Path(other)
+    ends = {path.parts[-3:] for path in (one_path, other_path)}
+    return ends == {("peftkit", "builtin", "tiny")} or (one_path.is_dir() and other_path.is_dir() and one_path.samefile(other_path))
 
 
 def plain_weights(adapters: list[Adapter], weights: list[float], notes: list[str]) -> dict[str, Tensor]:
@@ -272,18 +252,15 @@ def common_config(adapters: list[Adapter], layouts: dict[str, Layout], ranks: di
     def agreed(key: str) -> bool:
         return all(_plainly(config.get(key)) == _plainly(configs[0].get(key)) for config in configs)
 
-    biased = any(update.bias is not None for adapter in adapters for update in adapter.updates.values())
-    if biased and any(layout.experts > 1 or layout.embedding for layout in layouts.values()):
-        raise ConfigError("lora_bias: peft has no files with a trained bias beside updates of embeddings or experts")
     experts = [ranks[name] for name, layout in layouts.items() if layout.experts > 1]
     usual = experts[0] if experts else Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     changed: dict[str, Any] = {
         "r": usual, "lora_alpha": usual, "rank_pattern": pattern, "alpha_pattern": dict(pattern), "use_rslora": False, "init_lora_weights": True,
-        "inference_mode": True, "lora_bias": biased, "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
+        "inference_mode": True, "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
     }  # fmt: skip
-    for key in ("base_model_name_or_path", "revision", "target_parameters"):
-        changed[key] = next((config[key] for config in configs if config.get(key)), None)
+    for key in ("base_model_name_or_path", "revision", "target_parameters", "ensure_weight_tying"):
+        changed[key] = next((config[key] for config in configs if config.get(key)), configs[0].get(key))
     for key, otherwise in {"lora_dropout": 0.0, "task_type": None, "auto_mapping": None}.items():
         changed[key] = configs[0].get(key) if agreed(key) else otherwise
     selection = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -302,6 +279,7 @@ def write(target: Path, state: dict[str, Tensor], config: dict[str, Any], card: 
         folder = Path(beside) / "adapter"
         folder.mkdir()
         save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        card = card | {"sha256": checksum(folder / ADAPTER_FILE)}
         for name, content in {CONFIG_FILE: config, CARD_FILE: card}.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         written = load_file(folder / ADAPTER_FILE)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from peftkit import data, methods
 from peftkit.config import ConfigError
-from peftkit.layers import find_targets
 from peftkit.memory import human, weight_bytes
 from peftkit.model import load_config, load_tokenizer, resolve_dtype
 from peftkit.recipe import Recipe, load_recipe
@@ -76,7 +75,7 @@ def _model_lines(recipe: Recipe, config: Any) -> list[str]:
         if not isinstance(method, methods.LoRA):
             continue
         try:
-            found = find_targets(model, method.target_modules, method.exclude_modules)
+            found, whole, rows = method.plan(model)
         except ValueError as error:
             raise ConfigError(f"methods: {methods.method_name(method)}: {error}") from error
         endings: dict[str, int] = {}
@@ -84,6 +83,7 @@ def _model_lines(recipe: Recipe, config: Any) -> list[str]:
             ending = name.rsplit(".", 1)[-1]
             endings[ending] = endings.get(ending, 0) + 1
         lines.append(f"{methods.method_name(method)} adapts {len(found)} linears: " + ", ".join(f"{e} x{n}" for e, n in endings.items()))
+        lines += [f"{name} trains as a whole" for name in whole] + [f"{len(row.tokens)} rows of {name} train" for name, row in rows.items()]
     return lines
 
 

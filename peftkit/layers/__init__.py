@@ -12,12 +12,12 @@ from peftkit.layers.base import (
     file_tensors,
     trainable_parameters,
 )
-from peftkit.layers.beside import check_once, find_rows, find_whole, notes, save_modules, train_rows
+from peftkit.layers.beside import Rows, check_once, find_rows, find_whole, notes, save_modules, train_rows
 from peftkit.layers.bias import Bias, TrainedBias, other_biases
 from peftkit.layers.conv import LoRAConv
 from peftkit.layers.embedding import LoRAEmbedding
 from peftkit.layers.experts import LoRAExperts, as_target_parameters, from_file_modules, left_out_experts
-from peftkit.layers.find import adapt, candidates, find_targets, heads, input_embedding, inside, output_head, standing, swap
+from peftkit.layers.find import adapt, candidates, find_targets, heads, input_embedding, inside, left_out_attention, output_head, standing, swap
 from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares
 from peftkit.layers.frozen_experts import Experts4bit, dequantize_experts, is_experts, quantize_experts
 from peftkit.layers.kinds import LAYERS, layer_class
@@ -36,6 +36,7 @@ __all__ = [
     "LoRAExperts",
     "LoRALinear",
     "RoleParameter",
+    "Rows",
     "SavedModule",
     "SharedInput",
     "Spec",
@@ -63,6 +64,7 @@ __all__ = [
     "is_experts",
     "is_linear",
     "layer_class",
+    "left_out_attention",
     "left_out_experts",
     "notes",
     "other_biases",

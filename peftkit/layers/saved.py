@@ -119,8 +119,7 @@ class TrainedTokens(AdapterLayer):
     def __init__(self, base_layer: nn.Module, owner: TrainedTokens | None = None):
         super().__init__(base_layer)
         self.owner = (owner,)  # in a tuple, so that it is no submodule
-        self.token_adapter = nn.Module()
-        self.token_adapter.trainable_tokens_delta = nn.ParameterDict()
+        self.token_adapter = _Deltas()
         self.rows = nn.ModuleDict()
 
     @classmethod
@@ -132,10 +131,9 @@ class TrainedTokens(AdapterLayer):
             raise ValueError("another adapter trains tokens of this embedding (trainable_tokens); do so here too, or leave it out")
         weight = self.base_layer.weight
         self._registered(adapter, spec)
-        self.rows[adapter] = _Rows(spec.tokens, weight)
+        self.rows[adapter] = rows = _Rows(spec.tokens, weight)
         if self.owner[0] is None:
-            start = weight.detach()[self.rows[adapter].tokens].to(master_dtype(weight))
-            self.token_adapter.trainable_tokens_delta[adapter] = nn.Parameter(start.clone())
+            self.token_adapter.trainable_tokens_delta[adapter] = nn.Parameter(weight.detach()[rows.tokens].to(master_dtype(weight)))
 
     def delete(self, adapter: str) -> None:
         super().delete(adapter)
@@ -161,24 +159,30 @@ class TrainedTokens(AdapterLayer):
         base = self.base_layer
         if not (self.enabled and self.active):
             return base(*args, **kwargs)
-        rows, delta = self.rows[self.active[0]], self.delta(self.active[0])
+        rows, delta = self._chosen(), self.delta(self.active[0])
+        x = args[0] if args else next(iter(kwargs.values()))
         if isinstance(base, nn.Linear):
-            y = base(*args)  # (..., V)
+            y = base(x)  # (..., V)
             # The difference is added, so that outputs are the base's bit for bit until a row has moved.
             moved = delta.to(base.weight.dtype).to(delta.dtype) - base.weight.detach()[rows.tokens]  # (n, d)
-            return y.index_add_(-1, rows.tokens, F.linear(args[0], moved.to(args[0].dtype)).to(y.dtype))
+            return y.index_add_(-1, rows.tokens, F.linear(x, moved.to(x.dtype)).to(y.dtype))
         scale = row_scale(base)
         if scale is None:
             return functional_call(base, {"weight": self._replaced(base.weight)}, args, kwargs)
         y = base(*args, **kwargs)  # (..., d)
-        slot = rows.slot[args[0] if args else next(iter(kwargs.values()))]  # (...): which trained row, -1 where it is none
+        slot = rows.slot[x]  # (...): which trained row, -1 where it is none
         trained = F.embedding(slot.clamp_min(0), delta.to(base.weight.dtype)) * scale
         return torch.where((slot >= 0).unsqueeze(-1), trained.to(y.dtype), y)
+
+    def _chosen(self) -> _Rows:
+        rows = self.rows[self.active[0]]
+        assert isinstance(rows, _Rows)
+        return rows
 
     def _replaced(self, weight: Tensor) -> Tensor:
         if not self.active:
             return weight
-        return weight.index_copy(0, self.rows[self.active[0]].tokens, self.delta(self.active[0]).to(weight.dtype))
+        return weight.index_copy(0, self._chosen().tokens, self.delta(self.active[0]).to(weight.dtype))
 
     @torch.no_grad()
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
@@ -188,6 +192,14 @@ class TrainedTokens(AdapterLayer):
         """The plain module; its parameter stays the same object, so that what was tied to it gets the rows too."""
         self.base_layer.weight.data = self.merged_weight(weight)
         return self.base_layer
+
+
+class _Deltas(nn.Module):
+    """The trained rows (n, d) by adapter; a module of its own only for the sake of its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainable_tokens_delta = nn.ParameterDict()
 
 
 class _Rows(nn.Module):

@@ -16,6 +16,7 @@ from peftkit.layers import (
     Bias,
     LoRAExperts,
     LoRALinear,
+    Rows,
     SavedModule,
     Spec,
     TrainedBias,
@@ -144,8 +145,8 @@ class LoRA(Method):
             raise ValueError("layers_to_transform is an empty list, which leaves no module to adapt")
         return [name for name, layer in layers.items() if layer in wanted]
 
-    def attach(self, model: nn.Module, adapter: str = ADAPTER) -> Handle | None:
-        self._check_biases(model)
+    def plan(self, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, bool], dict[str, Rows]]:
+        """What `attach` would do: the modules to adapt, those to train as a whole, and the rows of embeddings, by name. Raises ValueError."""
         found = self.targets(model)
         whole = find_whole(model, self._whole(model, found), self.ensure_weight_tying)
         rows = find_rows(model, self.trainable_tokens) if self.trainable_tokens else {}
@@ -153,6 +154,11 @@ class LoRA(Method):
         found = {name: module for name, module in found.items() if name not in whole and not inside(name, whole)}
         if not found:
             raise ValueError("modules_to_save covers every module that target_modules would adapt")
+        return found, whole, rows
+
+    def attach(self, model: nn.Module, adapter: str = ADAPTER) -> Handle | None:
+        self._check_biases(model)
+        found, whole, rows = self.plan(model)
         for name, module in found.items():
             adapt(model, name, module, adapter, self.spec(name))
         layers = {name: layer for name, layer in adapter_layers(model).items() if adapter in layer.specs}

@@ -82,13 +82,28 @@ def test_a_transposed_weight_is_read_as_it_is_stored():
     torch.testing.assert_close(torch.addmm(made.bias, x, made.weight), made(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_trained_bias_is_read_as_trained(bias):
+    model = nn.ModuleDict({"linear": nn.Linear(16, 24), "norm": nn.LayerNorm(24)})
+    base = copy.deepcopy(model)
+    pk.attach(model, pk.LoRA(r=4, bias=bias))
+    wake(model)
+    trained = ("linear", "norm") if bias == "all" else ("linear",)
+    for name in trained:
+        assert model[name].bias.requires_grad and not torch.allclose(model[name].bias, base[name].bias)
+    torch.testing.assert_close(F.linear(X, model.linear.weight, model.linear.bias), model.linear(X), rtol=1e-5, atol=1e-5)
+    with pk.adapters_disabled(model):
+        assert all(torch.equal(model[name].bias, base[name].bias) for name in trained)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_torchs_encoder_layer_does_not_pass_the_adapters_by(training):
     """In evaluation torch's fused path takes the weights out of linear1 and linear2 and never calls them."""
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True).train(training)
     base = copy.deepcopy(model)
-    pk.attach(model, pk.LoRA(r=4))
+    summary = pk.attach(model, pk.LoRA(r=4))
+    assert summary.modules == {"linear1": 1, "linear2": 1} and any("1 nn.MultiheadAttention, such as self_attn" in line for line in summary.left_out)
     wake(model)
     with torch.no_grad():
         adapted = model(X)

@@ -43,6 +43,11 @@ class TrainedBias(AdapterLayer):
             return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, {"bias": self._bias()}, args, kwargs)
 
+    @property
+    def bias(self) -> Tensor:
+        """What a model gets that reads the bias instead of calling the module."""
+        return self._bias() if self.enabled and self.active else self.base_layer.bias
+
     def _bias(self) -> Tensor:
         return held(self, "biases", self.active[0]).to(self.base_layer.bias.dtype)
 

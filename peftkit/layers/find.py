@@ -125,6 +125,12 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def left_out_attention(model: nn.Module) -> list[str]:
+    """A line for torch's own attention modules, which call none of their linears."""
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    return [f"{len(found)} nn.MultiheadAttention, such as {found[0]}: its projections are no linears that are called, and not adapted"] if found else []
+
+
 def _matches(name: str, module: nn.Module, pattern: str, regex: bool) -> bool:
     kind = _kind(module)
     names = [name, name.rpartition(".")[0]] if kind is not None and kind.parts(module) else [name]

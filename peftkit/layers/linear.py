@@ -234,6 +234,12 @@ class LoRALinear(AdapterLayer):
             return base.weight
         return self._stored() if torch.compiler.is_compiling() else AdaptedWeight.of(base.weight, self._stored)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """What a model gets that reads the bias: the trained one, where one trains."""
+        stored, trained = self.base_layer.bias, self._trained_bias() if self.enabled else None
+        return stored if trained is None else trained.to(stored.dtype)
+
     def _stored(self) -> Tensor:
         return as_stored(self.base_layer, self._adapted(dense_weight(self.base_layer)))
 

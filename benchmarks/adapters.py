@@ -181,6 +181,8 @@ def measure_time(dtype: torch.dtype, device: str, rounds: int, config: dict[str,
                 if optimizer is not None:
                     optimizer.step()
                     optimizer.zero_grad()
+                    if ids.is_cuda:
+                        torch.cuda.synchronize()  # the next step's clock starts at rest
                 if round_:
                     seconds[name].append(elapsed)
             gc.collect()

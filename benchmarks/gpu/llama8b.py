@@ -14,6 +14,7 @@ turn embeddings and head into fp32: that is to its advantage. Every variant has 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import shutil
@@ -92,30 +93,37 @@ def save_base(model: Any, folder: Path) -> None:
         shutil.copy(ROOT / "peftkit/builtin/tiny" / file, folder / file)
 
 
-def with_peftkit(model: Any, dora: bool, checkpointing: bool) -> Any:
+# Each way takes the function that makes the base, so that nobody else holds the base.
+
+
+def with_peftkit(make_base: Callable[[], Any], dora: bool, checkpointing: bool) -> Any:
+    model = make_base()
     pk.attach(model, (pk.DoRA if dora else pk.LoRA)(r=RANK, alpha=ALPHA))
     if checkpointing:
         enable_checkpointing(model)
     return model
 
 
-def with_peft(model: Any, dora: bool, checkpointing: bool) -> Any:
+def with_peft(make_base: Callable[[], Any], dora: bool, checkpointing: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    model = make_base()
     if checkpointing:
         enable_checkpointing(model)
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def with_unsloth(base: Any, dora: bool, checkpointing: bool) -> Any:
+def with_unsloth(make_base: Callable[[], Any], dora: bool, checkpointing: bool) -> Any:
     if dora:
         raise RuntimeError("unsloth has no fused DoRA, it passes it on to peft")
     from unsloth import FastLanguageModel
 
+    base = make_base()
     length = base.config.max_position_embeddings
     with tempfile.TemporaryDirectory() as folder:
         save_base(base, Path(folder))
-        base.to("meta")  # the caller holds it too
+        del base
+        gc.collect()
         torch.cuda.empty_cache()
         model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=True)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -145,11 +153,9 @@ def measure(shape: str, device: str, who: str, dora: bool, checkpointing: bool, 
     torch.manual_seed(0)
     on_gpu, wait = device.startswith("cuda"), synchronized(device)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    base = build_base(shape, device, dtype)
-    built = torch.cuda.max_memory_allocated() if on_gpu else None
     makers = {"peftkit": with_peftkit, "peftkit, own loss": with_peftkit, "peft": with_peft, "unsloth": with_unsloth}
-    model = makers[who](base, dora, checkpointing).train()
-    del base
+    model = makers[who](lambda: build_base(shape, device, dtype), dora, checkpointing).train()
+    built = torch.cuda.max_memory_allocated() if on_gpu else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     ids = torch.randint(SHAPES[shape]["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)

@@ -339,8 +339,10 @@ def main(arguments: list[str] | None = None) -> None:
     def wanted(row: str, who: str) -> bool:
         return who == "base" or (row in rows and who in whose)
 
+    saved = {} if args.no_bytes else measure_bytes(args.device, config, wanted)
+    console.print(f"bytes counted; the clock starts at {datetime.now():%H:%M:%S}", highlight=False)
     seconds = measure_time(dtype, args.device, args.rounds, config, wanted, console)
-    records = summarise(seconds, {} if args.no_bytes else measure_bytes(args.device, config, wanted))
+    records = summarise(seconds, saved)
     name = str(dtype).removeprefix("torch.")
     show(records, f"{args.layers} layers x 768, batch {ROWS} x {TOKENS}, r = {RANK}, {name}, {args.rounds} rounds, commit {commit()}", Console(width=150))
     inference = measure_inference(dtype, args.device, args.rounds, config)

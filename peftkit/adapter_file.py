@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,10 +114,22 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     for key in sorted(config.keys() - _READ):
         if config[key]:
             raise ConfigError(f"{path}: {key}: {config[key]!r} is not supported, and without it the adapter would compute something else")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in _object(path, field, config.get(field) or {}):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{path}: {field}: {pattern!r} is no regular expression ({error})") from error
     try:
         from_peft(config.get("init_lora_weights"))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _object(path: Path, key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {key}: {value!r} is no JSON object")
+    return value
 
 
 def _read_tensors(path: Path, card: dict[str, Any]) -> dict[str, Tensor]:
@@ -129,6 +142,8 @@ def _read_tensors(path: Path, card: dict[str, Any]) -> dict[str, Tensor]:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if not state:
+        raise CheckpointError(f"{path} holds no tensors")
     for key, tensor in state.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             what = "NaN or infinity" if tensor.is_floating_point() else f"{str(tensor.dtype).removeprefix('torch.')} numbers"

@@ -95,11 +95,11 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
     method = file.method(_low_rank(model, file), _whole(file.config, file.state))
     if attached is None:
         attach(model, method, adapter)
-    else:
-        _check_scales(file, method, attached)
-        _check_tokens(model, file, adapter)
     try:
         wanted = _wanted(model, file, adapter)
+        if attached is not None:
+            _check_same(file, method, attached)
+            _check_tokens(model, file, adapter)
     except CheckpointError:
         if attached is None:
             delete_adapter(model, adapter)
@@ -142,16 +142,19 @@ def _low_rank(model: nn.Module, file: AdapterFile) -> list[str]:
     return found
 
 
-def _check_scales(file: AdapterFile, method: LoRA, attached: Sequence[Method]) -> None:
+def _check_same(file: AdapterFile, method: LoRA, attached: Sequence[Method]) -> None:
+    """Raises CheckpointError where the tensors fit the attached adapter and would mean something else in it."""
     here = next((found for found in attached if isinstance(found, LoRA)), None)
     if here is None:
         return
     for name in method.target_modules:
-        stored, scale = method.spec(name).scale, here.spec(name).scale
-        if not math.isclose(stored, scale, rel_tol=1e-6):
+        stored, own = method.spec(name), here.spec(name)
+        if not math.isclose(stored.scale, own.scale, rel_tol=1e-6):
             raise CheckpointError(
-                f"{file.folder} scales its update of {name} by {stored:g}, the attached adapter by {scale:g} (alpha, r, rslora); detach it first"
+                f"{file.folder} scales its update of {name} by {stored.scale:g}, the attached adapter by {own.scale:g} (alpha, r, rslora); detach it first"
             )
+        if (stored.dora, stored.bias) != (own.dora, own.bias):
+            raise CheckpointError(f"{file.folder / CONFIG_FILE} and the attached adapter say different things of use_dora and bias; detach it first")
 
 
 def _check_tokens(model: nn.Module, file: AdapterFile, adapter: str) -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,13 +67,15 @@ def test_the_base_is_in_4_bits_and_loads_from_its_folder(benchmark, tmp_path):
         torch.testing.assert_close(loaded(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
-def test_variants_run_in_processes_of_their_own(benchmark):
+def test_variants_run_in_processes_of_their_own(benchmark, monkeypatch):
     llama8b = benchmark("llama8b")
     spec = {"shape": "tiny", "device": "cpu", "who": "peftkit", "dora": True, "checkpointing": False, "tokens": 8, "steps": 1}
     row = llama8b.in_a_process(spec)
     assert row["last_loss"] > 0 and row["peak_bytes"] is None
-    assert "KeyError" in llama8b.in_a_process(spec | {"who": "nobody"})["error"]
-    llama8b.show([spec | row, spec | {"error": "out of memory"}], "rehearsal")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))  # a process that fails
+    failed = llama8b.in_a_process(spec)
+    assert failed["error"]
+    llama8b.show([spec | row, spec | failed], "rehearsal")
 
 
 def test_the_table(benchmark, capsys):

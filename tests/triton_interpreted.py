@@ -9,7 +9,7 @@ import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from peftkit.kernels import triton_dora
+from peftkit.kernels import dora, linear, triton_dora
 
 assert triton.knobs.runtime.interpret, "run this through test_triton.py"
 
@@ -64,3 +64,23 @@ def test_4bit_where_blocks_do_not_end_with_rows():
 @given(layers, st.floats(0.01, 0.95), st.integers(0, 2**62 - 1))
 def test_dropout(layer, p, seed):
     checks.check_dropout(layer, p, seed)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_dora_layer_forward_and_backward(monkeypatch, biased):
+    """The node of the layers, once in plain torch and once with the kernels in it."""
+    layer = checks.Layer("cpu", torch.float32, 20, 33, 17, 3, biased, 0)
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(dora, "triton_serves", lambda x, r, fused=fused: fused)
+        trained = [tensor.clone().requires_grad_() for tensor in (layer.x, layer.a, layer.b, layer.magnitude, *([layer.bias] if biased else []))]
+        x, a, b, magnitude, *bias = trained
+        norm = dora.dora_norm(layer.weight, layer.squares, a.detach(), b.detach(), 2.0, dora.norm_memory(layer.weight, 3))
+        y = linear(
+            x, b, frozen=lambda flat: flat @ layer.weight.T, weight=lambda dtype: layer.weight, scale=2.0, a=a, magnitude=magnitude,
+            bias=bias[0] if bias else None, norm=norm,
+        )  # fmt: skip
+        y.backward(layer.grad)
+        found.append([y, *(tensor.grad for tensor in trained)])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)

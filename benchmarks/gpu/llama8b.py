@@ -191,7 +191,7 @@ def in_a_process(spec: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gpu.llama8b", "--one", json.dumps(spec)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -14,6 +14,7 @@ A, B and m may be wider.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -237,24 +238,32 @@ def composed(
 # --------------------------------------------------------------------------------------------------------- fingerprints
 
 
-def fingerprint(*tensors: Tensor) -> tuple[int, ...]:
-    """A number for the exact bits of each tensor, whatever wrote them. It reads every element: for r-wide factors only.
+def fingerprint(*tensors: Tensor) -> tuple[float, ...]:
+    """Numbers for the exact bits of each tensor, whatever wrote them. They read every element: for r-wide factors only.
 
-    Each 4 bytes are multiplied by an odd constant of their own and summed modulo 2^64: a change of one element always
-    shows, a change of several is missed with probability 2^-31 at most, however it is made. Words as wide as the sum would
-    not do: signs that flip twice would cancel, for the highest bit is lost with every constant alike.
+    The bits are multiplied by odd constants, one for each 8 bytes, and summed modulo 2^64: a change of one element always
+    shows, a change of several is missed with probability 2^-63 at most, unless all it flips is the highest bit of words, an
+    even number of them: the constants do not tell those apart. They are signs, and a product with random numbers does.
     """
-    found = []
+    found: list[float] = []
     for tensor in tensors:
-        words = tensor.detach().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32).to(torch.int64)
-        found.append(int(torch.dot(words, _odd_numbers(words.numel()))))
+        flat = tensor.detach().reshape(-1)
+        if flat.storage_offset() * flat.element_size() % 8:
+            flat = flat.clone()
+        if flat.numel() * flat.element_size() % 8 or flat.element_size() < 4:
+            words = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32).to(torch.int64)  # wide enough for every bit
+            found.append(int(torch.dot(words, _odd_numbers(words.numel()))))
+            continue
+        words = flat.view(torch.int64)
+        found += [int(torch.dot(words, _odd_numbers(words.numel()))), torch.dot(flat, _random_numbers(flat.numel(), flat.dtype)).item()]
     return tuple(found)
 
 
-_ODD: dict[int, Tensor] = {}
-
-
+@functools.lru_cache(maxsize=64)
 def _odd_numbers(count: int) -> Tensor:
-    if count not in _ODD:
-        _ODD[count] = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(count)).mul_(2).add_(1)
-    return _ODD[count]
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(count)).mul_(2).add_(1)
+
+
+@functools.lru_cache(maxsize=64)
+def _random_numbers(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=dtype).add_(0.5)

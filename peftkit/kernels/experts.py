@@ -69,22 +69,26 @@ def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Blocks]:
     return flat.sort().indices[: sum(counts)], Blocks(used, [counts[expert] for expert in used])
 
 
+def _cast(a: Tensor | None, b: Tensor | None, part: Projection, dtype: torch.dtype) -> Factors:
+    """A (experts, r, in) and s B^T (experts, r, out), whose rows lie one behind the other: CPUs multiply such faster."""
+    return None if a is None or b is None else (a.to(dtype), (b.mT * part.step).to(dtype).contiguous())
+
+
 def _project(x: Tensor, blocks: Blocks, part: Projection, factors: Factors, seed: int) -> tuple[Tensor, Tensor | None]:
     """(y (rows, out), h (rows, r)) of x (rows, in); h is None where there is no update."""
     y = x.new_empty(x.shape[0], part.outputs)
     xs, ys = x.split(blocks.rows), y.split(blocks.rows)
-    for i, expert in enumerate(blocks.experts):
-        torch.mm(xs[i], part.weight(expert).T, out=ys[i])
+    for expert, x_e, y_e in zip(blocks.experts, xs, ys, strict=True):
+        torch.mm(x_e, part.weight(expert).T, out=y_e)
         if part.bias is not None:
-            ys[i].add_(part.bias[expert])
+            y_e.add_(part.bias[expert])
     if factors is None:
         return y, None
     a, b = factors
     h = x.new_empty(x.shape[0], a.shape[1])
-    hs = h.split(blocks.rows)
-    for i, expert in enumerate(blocks.experts):
-        torch.mm(part.dropped(xs[i], seed + expert), a[expert].T, out=hs[i])
-        ys[i].addmm_(hs[i], b[expert], alpha=part.step)
+    for expert, x_e, y_e, h_e in zip(blocks.experts, xs, ys, h.split(blocks.rows), strict=True):
+        torch.mm(part.dropped(x_e, seed + expert), a[expert].T, out=h_e)
+        y_e.addmm_(h_e, b[expert])
     return y, h
 
 
@@ -97,30 +101,27 @@ def _project_back(
     """
     grad_x = x.new_empty(x.shape)
     grads, grad_xs = grad.split(blocks.rows), grad_x.split(blocks.rows)
-    for i, expert in enumerate(blocks.experts):
-        torch.mm(grads[i], part.weight(expert), out=grad_xs[i])
+    for expert, grad_e, grad_x_e in zip(blocks.experts, grads, grad_xs, strict=True):
+        torch.mm(grad_e, part.weight(expert), out=grad_x_e)
     if factors is None or h is None:
         return grad_x, None, None
     a, b = factors
-    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)  # an expert without rows has a gradient of zero
-    shared = h if share is None else h * share
-    xs, hs, shares = x.split(blocks.rows), shared.split(blocks.rows), None if share is None else share.split(blocks.rows)
-    for i, expert in enumerate(blocks.experts):
-        grad_h = (grads[i] @ b[expert].T).mul_(part.step)
+    grad_h = torch.empty_like(h)
+    grad_hs = grad_h.split(blocks.rows)
+    for expert, grad_e, grad_x_e, grad_h_e in zip(blocks.experts, grads, grad_xs, grad_hs, strict=True):
+        torch.mm(grad_e, b[expert].T, out=grad_h_e)
         if part.dropout:
-            grad_xs[i].add_(part.dropped(grad_h @ a[expert], seed + expert))
+            grad_x_e.add_(part.dropped(grad_h_e @ a[expert], seed + expert))
         else:
-            grad_xs[i].addmm_(grad_h, a[expert])
-        if shares is not None:
-            grad_h.mul_(shares[i])
-        torch.mm(grad_h.T, part.dropped(xs[i], seed + expert), out=grad_a[expert])
-        torch.mm(hs[i].T, grads[i], out=grad_b[expert])
+            grad_x_e.addmm_(grad_h_e, a[expert])
+    if share is not None:
+        h = h * share
+        grad_h.mul_(share)
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)  # an expert without rows has a gradient of zero
+    for expert, grad_e, grad_h_e, x_e, h_e in zip(blocks.experts, grads, grad_hs, x.split(blocks.rows), h.split(blocks.rows), strict=True):
+        torch.mm(grad_h_e.T, part.dropped(x_e, seed + expert), out=grad_a[expert])
+        torch.mm(h_e.T, grad_e, out=grad_b[expert])
     return grad_x, grad_a, grad_b.mul_(part.step)
-
-
-def _cast(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Factors:
-    """A (experts, r, in) and B^T (experts, r, out), whose rows lie one behind the other: CPUs multiply such faster."""
-    return None if a is None or b is None else (a.to(dtype), b.mT.to(dtype).contiguous())
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -132,8 +133,8 @@ class _RoutedExperts(torch.autograd.Function):
         tokens, each = index.shape
         slots, blocks = sort_by_expert(index, experts)
         seed = int(torch.randint(2**62, ())) if first.dropout or second.dropout else 0
-        u, h = _project(x[slots // each], blocks, first, _cast(a, b, x.dtype), seed)
-        y, k = _project(gate(u), blocks, second, _cast(c, d, x.dtype), seed + experts)
+        u, h = _project(x[slots // each], blocks, first, _cast(a, b, first, x.dtype), seed)
+        y, k = _project(gate(u), blocks, second, _cast(c, d, second, x.dtype), seed + experts)
         ctx.experts, ctx.first, ctx.second, ctx.gate, ctx.blocks, ctx.seed = experts, first, second, gate, blocks, seed
         ctx.save_for_backward(x, weights, slots, u, h, k, a, b, c, d)
         return _summed(y * weights.reshape(-1)[slots, None], slots, tokens, each).to(x.dtype)
@@ -152,9 +153,9 @@ class _RoutedExperts(torch.autograd.Function):
                 source = u.detach().requires_grad_()
                 gated = ctx.gate(source)
             inner = gated.detach()  # (rows, inner)
-            grad_inner, grad_c, grad_d = _project_back(grad_y, inner, k, blocks, second, _cast(c, d, x.dtype), seed + ctx.experts, share)
+            grad_inner, grad_c, grad_d = _project_back(grad_y, inner, k, blocks, second, _cast(c, d, second, x.dtype), seed + ctx.experts, share)
             if ctx.needs_input_grad[2]:
-                along = torch.einsum("ri,ri->r", grad_inner, inner)
+                along = (grad_inner * inner).sum(1)
                 if second.bias is not None:
                     for part, rows, expert in zip(along.split(blocks.rows), grad_y.split(blocks.rows), blocks.experts, strict=True):
                         part.addmv_(rows, second.bias[expert])
@@ -162,7 +163,7 @@ class _RoutedExperts(torch.autograd.Function):
             if any(ctx.needs_input_grad[i] for i in (0, 3, 4)):
                 (grad_u,) = torch.autograd.grad(gated, source, grad_inner.mul_(share))
                 del gated, inner, grad_y, grad_inner
-                grad_rows, grad_a, grad_b = _project_back(grad_u, x[token], h, blocks, first, _cast(a, b, x.dtype), seed)
+                grad_rows, grad_a, grad_b = _project_back(grad_u, x[token], h, blocks, first, _cast(a, b, first, x.dtype), seed)
                 grad_x = _summed(grad_rows, slots, tokens, each)
         return grad_x, None, grad_weights, *_as(grad_a, grad_b, a), *_as(grad_c, grad_d, c), None, None, None, None
 

@@ -167,6 +167,14 @@ def test_ids_may_come_by_name():
     assert torch.equal(layer(input=ids), layer(ids))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", ["plain", "scaled", "normed"])
+def test_compiles_to_one_graph(kind, dora):
+    layer, ids = awake(layer_on(make(kind), dora)), numbers(3, 4)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(ids), layer(ids))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_and_a_second_use_give_the_same_gradients(reentrant):
     gradients = []

@@ -253,6 +253,35 @@ def test_gradient_checkpointing(reentrant, options, ids):
         assert gradient.any() and torch.equal(gradient, gradients[1][name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{"modules_to_save": ["embed_tokens"]}, {"trainable_tokens": [5, 7]}], ids=["whole", "rows"])
+def test_compiles_to_one_graph(options, dtype):
+    model = attached(tiny_llama(tie_word_embeddings=True).to(dtype), **options)
+    hidden = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for layer, x in ((model.model.embed_tokens, torch.tensor([[5, 6, 7]])), (model.lm_head, hidden)):
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["embed_tokens"]}, {"trainable_tokens": [5, 7]}], ids=["whole", "rows"])
+def test_copies_and_pickles_are_models_of_their_own(options, tmp_path, ids):
+    """What save_pretrained of the copy writes is the copy's, not the first model's."""
+    model = attached(tiny_llama(tie_word_embeddings=True), **options)
+    torch.save(model, tmp_path / "model.pt")
+    for again in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(logits(again, ids), logits(model, ids))
+        wake(again, seed=8)
+        again.save_pretrained(tmp_path / "door")
+        fresh = pk.load_adapter(tiny_llama(tie_word_embeddings=True), tmp_path / "door")
+        assert torch.equal(logits(fresh, ids), logits(again, ids)) and not torch.equal(logits(fresh, ids), logits(model, ids))
+
+
+def test_a_vocabulary_is_resized_before_not_after(ids):
+    model = attached(tiny_llama(), trainable_tokens=[5])
+    with pytest.raises(TypeError, match="Embedding"):
+        model.resize_token_embeddings(99)
+
+
 def test_attributes_are_those_of_the_copy_that_applies():
     model = tiny_llama()
     pk.attach(model, pk.LoRA(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))

@@ -100,6 +100,8 @@ class LoRAEmbedding(AdapterLayer):
     def squares(self) -> Tensor:
         """|E|^2 by column (d,), fp32 at least; taken anew where the weight was replaced or written to."""
         weight = self.base_layer.weight
+        if torch.compiler.is_compiling():  # addresses mean nothing there
+            return _column_squares(weight)
         key = (weight.data_ptr(), weight._version, weight.device)
         if self._squares is None or self._squares[0] != key:
             self._squares = (key, _column_squares(weight))

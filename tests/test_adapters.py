@@ -466,6 +466,21 @@ def test_transformers_chooses_and_disables(ids):
     assert torch.equal(logits(model, ids), stacked)
 
 
+def test_transformers_stacks_what_only_some_layers_have(ids):
+    model = tiny_llama()
+    add(model, "whole", pk.LoRA(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_tokens=[5]), 0)
+    add(model, "low", pk.LoRA(r=2, target_modules=["v_proj"]), 1)
+    add(model, "second", pk.LoRA(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]), 2)
+    pk.set_adapter(model, ["whole", "low"])
+    wanted = logits(model, ids)
+    pk.set_adapter(model, [])
+    model.set_adapter(["whole", "low"])
+    assert torch.equal(logits(model, ids), wanted)
+    with pytest.raises(ValueError, match="adapters whole, second each train a copy of the same module"):
+        pk.set_adapter(model, ["whole", "second"])
+    assert torch.equal(logits(model, ids), wanted) and pk.active_adapters(model) == ["whole", "low"]
+
+
 def test_transformers_saves_the_active_one(tmp_path, ids):
     model = three()
     for name in SPECS:

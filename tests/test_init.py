@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import peftkit as pk
 from peftkit import quant
@@ -233,6 +234,15 @@ def test_a_start_is_merged_and_copied(method, init, ids):
     assert other.state_dict().keys() == tiny_llama().state_dict().keys()
 
 
+def test_a_start_follows_the_model_to_another_dtype(ids):
+    model = attached(tiny_llama(), pk.LoRA(r=4, alpha=12, init="pissa"))
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        with pk.adapters_disabled(model):
+            base = logits(model, ids)
+        assert torch.equal(logits(model, ids), base), "cast alike, A and A0 still cancel"
+
+
 def test_a_file_of_a_start_does_not_fill_the_adapter_it_came_from(tmp_path, ids):
     """It has twice the rank; the error says so, and the adapter stays as it is."""
     model = attached(tiny_llama(), pk.LoRA(r=4, init="pissa"))
@@ -387,6 +397,25 @@ def test_loftq_without_the_right_weights(saved_llama, tmp_path):
         pk.attach(model, pk.QLoRA(r=4, init="loftq"))
     with pytest.raises(ValueError, match="loftq makes up for what a base in 4 bits has lost, and no target is in 4 bits"):
         pk.attach(tiny_llama(), pk.LoRA(r=4, init="loftq"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loftq_is_peft_s_but_for_the_scale(saved_llama):
+    """peft quantises and decomposes on a GPU only."""
+    from peft import replace_lora_weights_loftq
+
+    def base() -> nn.Module:
+        options = quant.quantization_config("nf4", torch.float32)
+        return LlamaForCausalLM.from_pretrained(saved_llama, dtype=torch.float32, quantization_config=options, device_map={"": "cuda"})
+
+    ours = attached(base(), pk.QLoRA(r=4, alpha=16, init="loftq"))
+    theirs = get_peft_model(base(), LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    replace_lora_weights_loftq(theirs, model_path=str(saved_llama / "model.safetensors"))
+    for name, layer in layers_of(ours).items():
+        other = theirs.base_model.model.get_submodule(name)
+        a, b = other.lora_A["default"].weight, other.lora_B["default"].weight
+        torch.testing.assert_close(4 * layer.b() @ layer.a(), b @ a, rtol=1e-3, atol=1e-5)
 
 
 def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -61,8 +61,9 @@ class SavedModule(AdapterLayer):
         self.modules_to_save[adapter] = copy.deepcopy(self.base_layer, trained)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
-            raise ValueError(f"adapters {', '.join(adapter_name)} each train a copy of the same module; make one of them active")
+        here = [name for name in adapter_name if name in self.specs]
+        if not isinstance(adapter_name, str) and len(here) > 1:
+            raise ValueError(f"adapters {', '.join(here)} each train a copy of the same module; make one of them active")
         super().set_adapter(adapter_name, inference_mode)
 
     def role_parameters(self, adapter: str = ADAPTER) -> list[Trained]:
@@ -141,8 +142,9 @@ class TrainedTokens(AdapterLayer):
             del self.token_adapter.trainable_tokens_delta[adapter]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
-            raise ValueError(f"adapters {', '.join(adapter_name)} each train tokens of the same embedding; make one of them active")
+        here = [name for name in adapter_name if name in self.specs]
+        if not isinstance(adapter_name, str) and len(here) > 1:
+            raise ValueError(f"adapters {', '.join(here)} each train tokens of the same embedding; make one of them active")
         super().set_adapter(adapter_name, inference_mode)
 
     def delta(self, adapter: str) -> nn.Parameter:

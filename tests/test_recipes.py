@@ -107,13 +107,15 @@ def test_documented_suite_validates(tmp_path):
 
 def test_notebook_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    [text] = blocks("README.md", "python")
+    ours, adopting = blocks("README.md", "python")
     names: dict = {}
-    exec(text, names)
+    exec(ours, names)
     assert "42 linears" in capsys.readouterr().out and (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
     assert {group["role"]: group["lr"] for group in names["optimizer"].param_groups} == pytest.approx({"A": 2e-4, "B": 16 * 2e-4})
     for model in (names["model"], names["fresh"]):
         assert not any("lora" in name for name, _ in model.named_parameters())
+    exec(adopting, names)
+    assert "adopted    42 layers" in capsys.readouterr().out
 
 
 def test_file_map_of_the_readme_is_the_tree():

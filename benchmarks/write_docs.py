@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from peftkit.bench.cells import load_results
 from peftkit.bench.report import markdown
@@ -26,7 +27,7 @@ from peftkit.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES, RESULTS = BUILTIN / "tiny" / "scores.json", ROOT / "benchmarks" / "results" / "ci.json"
-ADAPTERS = ROOT / "benchmarks" / "results" / "adapters.json"
+ADAPTERS, ARCHITECTURES = (ROOT / "benchmarks" / "results" / name for name in ("adapters.json", "architectures.json"))
 SECTIONS: dict[str, type[Config]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
 
 
@@ -92,6 +93,30 @@ def adapters(path: Path) -> str:
     return f"{facts} {note}\n\n{table(columns, rows)}"
 
 
+def architectures(path: Path) -> str:
+    """What was adapted, trained, exchanged and merged on each architecture."""
+    found = json.loads(path.read_text())
+
+    def both(row: dict[str, Any], figure: str) -> str:
+        values = [row[method].get(figure) for method in ("lora", "dora")]
+        return " / ".join("" if value is None else "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-") for value in values).strip(" /")
+
+    rows = []
+    for row in found["rows"].values():
+        remarks = ["reads weights itself: compared with peft's merged model"] * (row["passed_by"] and not row["refused_by_peft"])
+        remarks += ["DoRA: without the experts"] * row["experts"]
+        remarks += [f"peft refuses it: {row['refused_by_peft']}"] * (row["refused_by_peft"] is not None)
+        rows.append([
+            f"{row['name']} (`{row['model']}`)", row["head"],
+            ", ".join(f"{name} ×{count}" for name, count in row["lora"]["adapted"].items())
+            + "".join(f"; {name} as a whole" for name in row["lora"]["whole"]),
+            "; ".join(" ".join(f"{loss:.2f}" for loss in row[method]["loss"]) for method in ("lora", "dora")),
+            both(row, "gradients"), both(row, "exchanged"), both(row, "merged"), ", ".join(row["lora"]["checkpointing"]), "; ".join(remarks),
+        ])  # fmt: skip
+    columns = ["model", "trained for", "adapted", "loss, LoRA; DoRA", "gradients", "peft", "merged", "checkpointing", "remarks"]
+    return f"With {', '.join(f'{package} {version}' for package, version in found['versions'].items())}.\n\n{table(columns, rows)}"
+
+
 def blocks() -> dict[Path, dict[str, str]]:
     """Page -> marker -> content, for every block whose source is there."""
     docs = ROOT / "docs"
@@ -101,6 +126,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         docs / "model-card.md": {},
         docs / "benchmarks.md": {},
         docs / "adapters.md": {},
+        docs / "architectures.md": {},
         ROOT / "README.md": {},
     }
     if SCORES.exists():
@@ -112,6 +138,8 @@ def blocks() -> dict[Path, dict[str, str]]:
     if ADAPTERS.exists():
         found[docs / "adapters.md"]["adapters"] = adapters(ADAPTERS)
         found[ROOT / "README.md"]["adapters"] = adapters(ADAPTERS)
+    if ARCHITECTURES.exists():
+        found[docs / "architectures.md"]["architectures"] = architectures(ARCHITECTURES)
     return found
 
 

@@ -27,12 +27,14 @@ def human(count: float) -> str:
 
 
 def weight_bytes(model: Any, quantize: str | None, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a model (on the meta device) once loaded: linears but the head quantised, the rest in `dtype`."""
-    from peftkit.layers import features, is_linear, output_head
+    """Bytes of the weights of a model (on the meta device) once loaded: linears but the head quantised, in 4 bits experts too, the rest in `dtype`."""
+    from peftkit.layers import LoRAExperts, features, is_experts, is_linear, output_head
 
     per_parameter = {None: dtype.itemsize, "nf4": 4.127 / 8, "fp4": 4.127 / 8, "int8": 1.0}[quantize]
     head = output_head(model)
     linears = [module for module in model.modules() if is_linear(module) and module is not head]
-    in_linears = sum(features(module)[0] * features(module)[1] for module in linears)
+    quantized = sum(features(module)[0] * features(module)[1] for module in linears)
+    if quantize in ("nf4", "fp4"):
+        quantized += sum(getattr(module, part).numel() for module in model.modules() if is_experts(module) for part in LoRAExperts.parts(module))
     total = sum(parameter.numel() for parameter in model.parameters())
-    return int(in_linears * per_parameter + (total - in_linears) * dtype.itemsize)
+    return int(quantized * per_parameter + (total - quantized) * dtype.itemsize)

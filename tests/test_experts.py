@@ -28,6 +28,7 @@ from peftkit.config import ConfigError
 from peftkit.kernels.experts import Projection, routed_experts
 from peftkit.kernels.lowrank import zero_at_random_
 from peftkit.layers import Experts4bit, LoRAExperts, Spec, adapter_layers, dequantize_experts, is_experts, quantize_experts
+from peftkit.memory import weight_bytes
 
 EXPERTS, EACH = 6, 2
 PARTS = ("gate_up_proj", "down_proj")
@@ -540,6 +541,7 @@ def test_qlora_trains_with_all_expert_bytes_in_4_bits(saved, tmp_path, ids):
     assert isinstance(experts, Experts4bit) and experts.stands_for() == weights and {p.dtype for p in experts.parameters()} == {torch.uint8}
     outside = sum(t.nbytes for name, t in [*model.named_parameters(), *model.named_buffers()] if "experts" not in name)
     assert 0.5 * weights <= model.get_memory_footprint() - outside <= 0.6 * weights
+    assert weight_bytes(plain, "nf4", torch.float32) == pytest.approx(model.get_memory_footprint(), rel=0.05)
 
     model.train()
     before = model(ids).logits

@@ -114,7 +114,7 @@ def _grads(function, layer, x, index, weights):
     for parameter in layer.parameters():
         parameter.grad = None
     y = function(x, index, weights)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)).sum().backward()
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)).sum().backward()
     return [y.detach(), x.grad, weights.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
 
 
@@ -618,3 +618,24 @@ def test_quantising_leaves_what_is_not_known_and_says_so():
     assert isinstance(model.known, Experts4bit) and list(left) == ["other"] and left["other"].startswith("Llama4TextExperts")
     dequantize_experts(model)
     assert type(model.known).__name__ == "MixtralExperts"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gpu_computes_what_the_cpu_does(packed):
+    experts = _experts("mixtral", torch.float32)
+    base = Experts4bit(experts) if packed else experts
+    layer = LoRAExperts(LoRAExperts(base, PARTS[0]), PARTS[1])
+    for inner in layer.chain():
+        inner.add("default", Spec(3, 1.5))
+    wake(layer)
+    x, index, weights = _inputs(dtype=torch.float32)
+    wanted = _grads(layer, layer, x, index, weights)
+    layer.cuda()
+    for found, right in zip(_grads(layer, layer, x.cuda(), index.cuda(), weights.cuda()), wanted, strict=True):
+        torch.testing.assert_close(found.cpu(), right, rtol=1e-3, atol=1e-4)
+    if packed:  # quantising there gives the bytes that quantising here gives, but for ties
+        there = quant.pack(_experts("mixtral", torch.float32).down_proj.cuda(), "nf4")
+        here = quant.pack(_experts("mixtral", torch.float32).down_proj, "nf4")
+        assert (there.codes.cpu() != here.codes).float().mean() < 1e-3

@@ -471,7 +471,7 @@ DAMAGES = {
     "key": (put("lora_C.weight", torch.ones(1)), CheckpointError, r"lora_C\.weight cannot be averaged"),
     "prefix": (put("q.lora_A.weight", torch.ones(1)), CheckpointError, "does not start with base_model"),
     "plain": (put("base_model.model.score.weight", torch.ones(1)), CheckpointError, r"score.weight is held in full by .*second and is not in .*first"),
-    "empty": (lambda folder: rewrite(folder, lambda _: {}), CheckpointError, "holds no LoRA update"),
+    "empty": (lambda folder: rewrite(folder, lambda _: {}), CheckpointError, "holds no tensors"),
     "truncated": (cut, CheckpointError, r"second/adapter_model\.safetensors cannot be read"),
     "no json": (lambda folder: (folder / "adapter_config.json").write_text("{"), CheckpointError, "adapter_config.json cannot be read as JSON"),
     "a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), CheckpointError, "holds no JSON object"),

@@ -42,7 +42,8 @@ def main() -> int:
         print("a row fails; nothing was written")
         return 1
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
-    RESULTS.write_text(json.dumps({"versions": versions, "rows": found.rows}, indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(row)}: {json.dumps(figures)}" for row, figures in found.rows.items())
+    RESULTS.write_text(f'{{"versions": {json.dumps(versions)}, "rows": {{\n{lines}\n}}}}\n')
     print(f"{len(found.rows)} rows written to {RESULTS.relative_to(ROOT)}")
     return 0
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from peftkit import quant
 from peftkit.config import Config, ConfigError, suggest
-from peftkit.layers import output_head, quantize_experts
+from peftkit.layers import is_linear, output_head, quantize_experts
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,21 @@ def _unquantizable(name: str, revision: str | None) -> list[str]:
     return left + [n for n, m in skeleton.named_modules() if m is head]
 
 
+def _check_quantized(model: PreTrainedModel, name: str) -> None:
+    """Warns of linears that transformers leaves as they are since their class is not nn.Linear itself; raises ConfigError where it leaves all."""
+    own = {n: m for n, m in model.named_modules() if is_linear(m) and type(m) not in (torch.nn.Linear, Conv1D) and not quant.is_quantized(m)}
+    classes = ", ".join(sorted({type(module).__name__ for module in own.values()}))
+    if own and not quant.quantized_modules(model):
+        raise ConfigError(
+            f"model: {name} cannot be quantised: transformers quantises nn.Linear and Conv1D only, and its linears are {classes}; leave quantize out"
+        )
+    if own:
+        size = sum(parameter.nbytes for module in own.values() for parameter in module.parameters())
+        logger.warning(
+            "%d linears of %s (%s, %s bytes) stay unquantised: transformers quantises nn.Linear and Conv1D only", len(own), name, classes, f"{size:,}"
+        )
+
+
 def load(
     name: str,
     quantize: quant.Quantization | None = None,
@@ -150,6 +166,8 @@ def load(
     model, report = _from_hub("weights", name, AutoModelForCausalLM.from_pretrained, **options)
     if any(key.endswith("scales_of_scales") for key in report["unexpected_keys"]):
         raise ConfigError(f"model: {name} was saved while its experts were in 4 bits, which transformers cannot read back; save the adapter, or merge first")
+    if quantize is not None:
+        _check_quantized(model, name)
     if quantize in ("nf4", "fp4"):  # transformers has quantised the linears
         for experts, reason in quantize_experts(model, quantize).items():
             logger.warning("%s stays unquantised: %s", experts, reason)

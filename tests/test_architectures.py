@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkit as pk
+from peftkit.config import ConfigError
 from peftkit.layers import SavedModule, adapter_layers, input_embedding, output_head, trainable_parameters
 from peftkit.methods import Method
 
@@ -140,6 +141,13 @@ def exchange_with_peft(architecture: Architecture, base: nn.Module, ours: Any, f
     apart["exchanged"] = max(to_peft, relative(second, peft_outputs()))
     assert apart["exchanged"] <= 1e-5
     return apart
+
+
+def test_linears_that_transformers_does_not_quantise_are_an_error(tmp_path):
+    falcon = next(architecture for architecture in ARCHITECTURES if architecture.name == "Falcon").build()
+    falcon.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="its linears are FalconLinear"):
+        pk.load(str(tmp_path), quantize="int8", device="cpu")
 
 
 # --------------------------------------------------------------------------------------------------------------- tools

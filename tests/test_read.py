@@ -55,6 +55,14 @@ def test_questions_are_answered_by_the_frozen_weight_without_arithmetic(monkeypa
     assert weight.is_floating_point() and torch.is_floating_point(weight) and not weight.requires_grad and weight.data.dtype == frozen.dtype
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_compiled_model_may_read_the_weight(dora):
+    made = layer(dora)
+    compiled = torch.compile(lambda x: F.linear(x.to(made.weight.dtype), made.weight, made.bias), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), made(X), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(made, compiled(X)), gradients(made, made(X)), rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_that_adapts_nothing_shows_the_frozen_weight():
     made = layer(dora=False)
     made.enable_adapters(False)

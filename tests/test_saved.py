@@ -16,16 +16,24 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 import peftkit as pk
@@ -186,8 +194,6 @@ def test_untied_on_request(tmp_path, ids):
 
 def test_a_bias_beside_a_shared_weight_stays(ids):
     torch.manual_seed(0)
-    from transformers import BertForMaskedLM
-
     model = BertForMaskedLM(BertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)).eval()
     start = logits(model, ids)
     pk.attach(model, pk.LoRA(r=2, target_modules=["query"], modules_to_save=["word_embeddings"]))
@@ -251,6 +257,19 @@ def test_gradient_checkpointing(reentrant, options, ids):
         gradients.append({name: p.grad for name, _, p in trainable_parameters(model)})
     for name, gradient in gradients[0].items():
         assert gradient.any() and torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", [pk.LoRA, pk.DoRA])
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_tokens": [5, 7]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str)
+def test_on_a_gpu(options, method, ids):
+    model = attached(tiny_llama(tie_word_embeddings=True).bfloat16().cuda(), method, **options)
+    losses = train(model, ids.cuda(), steps=4)
+    assert losses[-1] < losses[0] and {p.device.type for p in model.parameters()} == {"cuda"}
+    adapted = logits(model, ids.cuda())
+    pk.merge(model)
+    torch.testing.assert_close(logits(model, ids.cuda()), adapted, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -376,6 +395,26 @@ def test_the_loss_without_full_logits_goes_through_the_trained_head(options, ids
 
 
 # ---------------------------------------------------------------------------------------------------------------- heads
+
+
+def test_the_head_is_what_stands_beside_the_body():
+    small = dict(vocab_size=96, num_labels=3, pad_token_id=0)
+    bert = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    tower = dict(bert, image_size=16, patch_size=8)
+    found = {
+        "distilbert": DistilBertForSequenceClassification(DistilBertConfig(**small, dim=32, n_heads=4, n_layers=1, hidden_dim=48)),
+        "xlnet": XLNetForSequenceClassification(XLNetConfig(**small, d_model=32, n_layer=1, n_head=4, d_inner=48)),
+        "bert, questions": BertForQuestionAnswering(BertConfig(vocab_size=96, **bert)),
+        "bert, language": BertForMaskedLM(BertConfig(vocab_size=96, **bert)),
+        "siglip, no body": SiglipForImageClassification(SiglipConfig(vision_config=tower, num_labels=3)),
+    }
+    assert {name: heads(model) for name, model in found.items()} == {
+        "distilbert": ["pre_classifier", "classifier"],
+        "xlnet": ["sequence_summary", "logits_proj"],
+        "bert, questions": ["qa_outputs"],
+        "bert, language": [],
+        "siglip, no body": ["classifier"],
+    }
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)

@@ -86,16 +86,17 @@ def read_folder(folder: Path) -> AdapterFile:
         if not (folder / name).exists():
             hint = f"; there is one in {folder / 'adapter'}" if (folder / "adapter" / name).exists() else ""
             raise ConfigError(f"{folder} is no adapter folder: it holds no {name}{hint}")
-    config = _read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE)
     _check_config(folder / CONFIG_FILE, config)
-    card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
+    card = _read_card(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
     state = _read_tensors(folder / ADAPTER_FILE, card)
     if config.get("ensure_weight_tying") and any(".lora_embedding_" in key for key in state) and not config.get("modules_to_save"):
         raise ConfigError(f"{folder / CONFIG_FILE}: ensure_weight_tying shares the factors of an embedding with the head, which is not supported")
     return AdapterFile(folder, config, state, card)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -103,6 +104,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return found
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    card = read_json(path)
+    weights = card.get("weights")
+    if weights is not None:
+        try:
+            whole = isinstance(weights["name"], str) and len(weights["values"]) == SAMPLES and bool(weights["shape"])
+            whole = whole and all(isinstance(size, int) for size in weights["shape"]) and all(isinstance(value, float) for value in weights["values"])
+        except (KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path}: weights does not describe a weight of the base; the file was changed after it was saved")
+    return card
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
@@ -159,7 +174,7 @@ def checksum(path: Path) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- which base
 
-_SAMPLES = 64
+SAMPLES = 64  # values that tell a base from others
 _ROUNDING, _TINY = 2**-7, 1e-6  # what loading in another 16-bit type may change of a weight, relatively and at most
 _MAY_DIFFER = 0.1  # a vocabulary that was resized begins its new rows anew
 
@@ -193,7 +208,7 @@ def _landmark(model: nn.Module) -> tuple[str, Tensor | None]:
 
 def _sampled(weight: Tensor, shape: list[int] | torch.Size) -> list[float]:
     """Values spread evenly over a weight of this shape, as bfloat16 has them."""
-    places = torch.linspace(0, torch.Size(shape).numel() - 1, _SAMPLES, dtype=torch.float64).long()
+    places = torch.linspace(0, torch.Size(shape).numel() - 1, SAMPLES, dtype=torch.float64).long()
     return weight.detach().reshape(-1)[places.to(weight.device)].to(torch.bfloat16).tolist()
 
 

@@ -100,7 +100,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
         if attached is not None:
             _check_same(file, method, attached)
             _check_tokens(model, file, adapter)
-    except CheckpointError:
+    except BaseException:
         if attached is None:
             delete_adapter(model, adapter)
         raise

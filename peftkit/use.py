@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +9,9 @@ import torch
 from rich.console import Console
 
 from peftkit import evaluate
+from peftkit.adapter_file import CONFIG_FILE, read_json
 from peftkit.average import AverageReport, average
-from peftkit.checkpoint import CONFIG_FILE, load_adapter
+from peftkit.checkpoint import load_adapter
 from peftkit.config import ConfigError, read_yaml, suggest, validate
 from peftkit.layers import adapter_layers
 from peftkit.loss import TokenLoss
@@ -48,7 +48,7 @@ def find_origin(adapter: str | None, model: str | None = None, quantize: str | N
         folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).exists() else folder
         if not (folder / CONFIG_FILE).exists():
             raise ConfigError(f"--adapter: {folder} holds no {CONFIG_FILE}: it is neither a run folder with an adapter nor an adapter folder")
-        found = found or json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+        found = found or read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if found is None:
         raise ConfigError("neither --adapter nor --model says which base is meant")
     if quantize not in (None, "none", "nf4", "fp4", "int8"):

@@ -109,6 +109,10 @@ def config(**options: Any) -> Callable[[Path], None]:
     return harm
 
 
+def card(**options: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / CARD_FILE).write_text(json.dumps(json.loads((folder / CARD_FILE).read_text()) | options)) and None
+
+
 def written(name: str, content: str | bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
 
@@ -171,6 +175,10 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     # the card
     "a card that is no JSON": (written(CARD_FILE, "{"), CheckpointError, r"peftkit\.json cannot be read as JSON"),
     "a card that is a list": (written(CARD_FILE, "[]"), CheckpointError, r"peftkit\.json holds no JSON object"),
+    **{
+        f"a card with weights {i}": (card(weights=weights), CheckpointError, r"peftkit\.json: weights does not describe a weight of the base")
+        for i, weights in enumerate((3, {}, {"name": "x", "shape": [2, 2], "values": [0.5]}, {"name": "x", "shape": [], "values": [0.5] * 64}, ["x"]))
+    },
     # the config
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), ConfigError, r"is no adapter folder: it holds no adapter_config\.json"),
     "a config that is no JSON": (written(CONFIG_FILE, "r: 4"), CheckpointError, r"adapter_config\.json cannot be read as JSON"),

@@ -201,8 +201,8 @@ def test_layers_of_a_body_without_a_head_and_of_another_architecture():
         ({"layers_to_transform": 2}, r"layers_to_transform: no target stands in layer 2 \(there are: 0, 1\)"),
         ({"layers_to_transform": [0, -1]}, "no target stands in layer -1"),
         ({"layers_to_transform": []}, "layers_to_transform is an empty list"),
-        ({"layers_to_transform": 0, "layers_pattern": "layer"}, r"none of the targets stands in a list of layers \['layer'\]; did you mean 'layers'"),
-        ({"layers_to_transform": 0, "target_modules": ["lm_head"]}, r"stands in a list of layers  \(there are: none\)"),
+        ({"layers_to_transform": 0, "layers_pattern": "layer"}, r"no target stands in a list of layers named layer; did you mean 'layers'"),
+        ({"layers_to_transform": 0, "target_modules": ["lm_head"]}, r"no target stands in a list of layers \(there are: none\)"),
     ],
 )
 def test_layers_that_are_not_there(options, message):

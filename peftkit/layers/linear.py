@@ -128,7 +128,7 @@ class LoRALinear(AdapterLayer):
         a, b = self.a(adapter), self.b(adapter)
         if adapter not in self.starts:
             return a, b
-        start_a, start_b = self.starts[adapter] = (self.starts[adapter][0].to(a), self.starts[adapter][1].to(b))
+        start_a, start_b = self.starts[adapter][0].to(a), self.starts[adapter][1].to(b)
         return torch.cat([a, a - start_a]), torch.cat([b - start_b, start_b], 1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -188,6 +188,7 @@ class LoRALinear(AdapterLayer):
     # ------------------------------------------------------------------------------------------------------ DoRA's norm
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        self.starts = {adapter: (fn(a), fn(b)) for adapter, (a, b) in self.starts.items()}
         self._squares = self._norm = self._memory = None  # what is moved to another dtype and back may come to lie where it lay before, rounded
         return super()._apply(fn, recurse)
 

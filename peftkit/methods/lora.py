@@ -135,8 +135,8 @@ class LoRA(Method):
         there = sorted({layer for layer in layers.values() if layer is not None})
         if not there:
             lists = sorted({part for name in layers for part in re.findall(r"([^.]+)\.\d+\.", name)})
-            near = suggest(patterns[0], lists) if patterns else ""
-            raise ValueError(f"layers_pattern: none of the targets stands in a list of layers {patterns or ''}{near} (there are: {', '.join(lists) or 'none'})")
+            named = f" named {' or '.join(patterns)}{suggest(patterns[0], lists)}" if patterns else ""
+            raise ValueError(f"layers_to_transform: no target stands in a list of layers{named} (there are: {', '.join(lists) or 'none'})")
         wanted = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform or []
         for layer in wanted:
             if layer not in there:

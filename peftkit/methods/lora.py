@@ -223,7 +223,7 @@ class LoRA(Method):
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             fan_in_fan_out=any(isinstance(getattr(model.get_submodule(n), "base_layer", None), Conv1D) for n in targets),
             task_type=_task_type(model, list(whole)),
-            base_model_name_or_path=getattr(model, "name_or_path", None),
+            base_model_name_or_path=getattr(model, "name_or_path", None) or None,
             inference_mode=True,
         )
         if self.layers_to_transform is not None:

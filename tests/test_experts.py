@@ -228,7 +228,7 @@ def test_dropout_thins_the_input_of_the_update_only():
         tokens = slots[index.flatten()[slots] == expert] // EACH
         dropped = torch.empty_like(x).detach().index_copy_(0, tokens, zero_at_random_(x.detach()[tokens], 0.4, seed + expert))
         assert 0.3 < (dropped == 0).double().mean() < 0.5
-        u = x @ experts.gate_up_proj[expert].T + 1.5 / 0.6 * dropped @ a[expert].T @ b[expert].T
+        u = x @ experts.gate_up_proj[expert].T + 1.5 / 0.6 * dropped @ a[expert].T @ b[expert]
         wanted = wanted + weights[:, place, None] * (experts._apply_gate(u) @ experts.down_proj[expert].T)
     torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-12)
     assert torch.equal(layer.eval()(x, index, weights), layer(x, index, weights))

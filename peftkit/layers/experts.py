@@ -119,15 +119,15 @@ class LoRAExperts(AdapterLayer):
         return rates.pop()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (experts, r, in) and B (experts, out, r) of the active adapters side by side, every scale but the first one's folded into B."""
+        """A (experts, r, in) and B^T (experts, r, out) of the active adapters, one below the other, every scale but the first one's folded into B."""
         count, outputs, inputs = frozen.shape(self.experts(), self.part)
         found: list[tuple[Tensor, Tensor]] = []
         for adapter in self.active:
             spec = self.specs[adapter]
             a = held(self, "lora_A", adapter).view(count, spec.r, inputs)
-            b = held(self, "lora_B", adapter).view(outputs, spec.r, count).permute(2, 0, 1)
+            b = held(self, "lora_B", adapter).view(outputs, spec.r, count).permute(2, 1, 0)
             found.append((a, b * (spec.scale / self.scale) if found else b))
-        return found[0] if len(found) == 1 else (torch.cat([a for a, _ in found], 1), torch.cat([b for _, b in found], 2))
+        return found[0] if len(found) == 1 else (torch.cat([a for a, _ in found], 1), torch.cat([b for _, b in found], 1))
 
     # ----------------------------------------------------------------------------------------------------------- merging
 
@@ -139,7 +139,7 @@ class LoRAExperts(AdapterLayer):
         if not self.active:
             return weight
         a, b = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors())
-        delta = self.scale * (b @ a)  # (experts, out, in)
+        delta = self.scale * (b.mT @ a)  # (experts, out, in)
         return (weight.to(delta.dtype) + (delta.mT if frozen.is_transposed(experts) else delta)).to(weight.dtype)
 
     def merged(self, weight: Tensor | None = None) -> nn.Module:

@@ -591,6 +591,17 @@ def test_a_frozen_embedding_that_peft_wrote_along_must_be_the_model_s(tmp_path):
         pk.load_adapter(tiny_llama(), tmp_path / "adapter")
 
 
+def test_noise_on_the_frozen_embedding_reaches_the_rows():
+    model = tiny_llama()
+    pk.attach(model, [pk.NEFTune(alpha=50, seed=1), pk.LoRA(r=2, target_modules=["q_proj"], trainable_tokens=[5, 7])])  # the noise sits inside the layer
+    wake(model)
+    few = torch.tensor([[5, 7, 5]])
+    layer = model.model.embed_tokens
+    quiet = layer.eval()(few)
+    model.train()(input_ids=few)  # the noise learns the lengths from the model's call
+    assert ((layer(few) - quiet).abs() > 1e-3).all(2).all()
+
+
 def test_rows_in_bf16(ids):
     model = tiny_llama(tie_word_embeddings=True).bfloat16()
     few = torch.tensor([[5, 7, 9]])

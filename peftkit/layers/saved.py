@@ -161,20 +161,18 @@ class TrainedTokens(AdapterLayer):
         base = self.base_layer
         if not (self.enabled and self.active):
             return base(*args, **kwargs)
-        rows, delta = self._chosen(), self.delta(self.active[0])
-        x = args[0] if args else next(iter(kwargs.values()))
-        if isinstance(base, nn.Linear):
-            y = base(x)  # (..., V)
-            # The difference is added, so that outputs are the base's bit for bit until a row has moved.
-            moved = delta.to(base.weight.dtype).to(delta.dtype) - base.weight.detach()[rows.tokens]  # (n, d)
-            return y.index_add_(-1, rows.tokens, F.linear(x, moved.to(x.dtype)).to(y.dtype))
-        scale = row_scale(base)
+        scale = 1.0 if isinstance(base, nn.Linear) else row_scale(base)
         if scale is None:
             return functional_call(base, {"weight": self._replaced(base.weight)}, args, kwargs)
-        y = base(*args, **kwargs)  # (..., d)
+        x = args[0] if args else next(iter(kwargs.values()))
+        y, rows, delta = base(x), self._chosen(), self.delta(self.active[0])
+        # The difference is added: until a row has moved, outputs are the base's bit for bit, and what hooks do to them (noise) stays.
+        moved = delta.to(base.weight.dtype).to(delta.dtype) - base.weight.detach()[rows.tokens]  # (n, d)
+        if isinstance(base, nn.Linear):
+            return y.index_add_(-1, rows.tokens, F.linear(x, moved.to(x.dtype)).to(y.dtype))
         slot = rows.slot[x]  # (...): which trained row, -1 where it is none
-        trained = F.embedding(slot.clamp_min(0), delta.to(base.weight.dtype)) * scale
-        return torch.where((slot >= 0).unsqueeze(-1), trained.to(y.dtype), y)
+        update = F.embedding(slot.clamp_min(0), moved) * (slot >= 0).unsqueeze(-1)  # (..., d)
+        return (y + scale * update).to(y.dtype)
 
     def _chosen(self) -> _Rows:
         rows = self.rows[self.active[0]]

@@ -119,20 +119,20 @@ def test_the_starts_and_the_outputs_after_training_are_peft_s(base, kind, method
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 def test_training_goes_as_in_peft(kind, ids):
-    """20 steps in fp64: the losses are the same but for the fp32 in which peft starts."""
+    """10 steps in fp64: the losses are the same but for the fp32 in which peft starts."""
     losses = []
     ours = attached(tiny_llama().double(), pk.LoRA(r=4, alpha=12, init=kind))
     theirs = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights=kind)).double()
     for model in (ours, theirs):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         found = []
-        for _ in range(20):
+        for _ in range(10):
             loss = model.train()(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step(), optimizer.zero_grad()
             found.append(loss.item())
         losses.append(found)
-    assert losses[0][-1] < losses[0][0] - 0.1
+    assert losses[0][-1] < losses[0][0] - 0.05
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -433,6 +433,18 @@ def test_a_start_needs_the_rank_and_a_linear():
     with pytest.raises(ValueError, match=r"init: olora is for linears, and model\.embed_tokens is a Embedding"):
         pk.attach(model, pk.LoRA(r=4, init="olora", target_modules=["q_proj", "embed_tokens"]))
     assert dict(model.named_modules()) == modules
+
+
+def test_a_weight_of_nothing_still_learns(ids):
+    """A and B both zero would have no gradient, ever."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+        model.model.layers[1].self_attn.q_proj.weight[:, 3:] = 0  # rank 3 of 4
+    attached(model, pk.LoRA(r=4, init="pissa", target_modules=["q_proj"]))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    for layer in layers_of(model).values():
+        assert layer.a().any(1).all() and layer.b().grad.any(0).all()
 
 
 def test_stacked_starts_add_up(ids):

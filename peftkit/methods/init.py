@@ -81,9 +81,15 @@ def start(model: nn.Module, layers: Mapping[str, AdapterLayer], adapter: str, ki
         else:
             fast = _FAST.fullmatch(kind)
             start_a, start_b = pissa(weight, spec.r, spec.scale, int(fast[1]) if fast else None)
-        a.copy_(start_a)
-        b.copy_(start_b)
+        _put(start_a, start_b, a, b)
         layer.starts[adapter] = (a.detach().clone(), b.detach().clone())
+
+
+def _put(start_a: Tensor, start_b: Tensor, a: Tensor, b: Tensor) -> None:
+    """Writes a start of at most their rank into A and B. A direction of no weight keeps its random row of A: from zero in both nothing is learnt."""
+    r = len(start_a)
+    a[:r] = torch.where((start_b != 0).any(0)[:, None], start_a, a[:r])
+    b[:, :r] = start_b
 
 
 def pissa(weight: Tensor, r: int, scale: float, iterations: int | None = None) -> tuple[Tensor, Tensor]:
@@ -132,9 +138,7 @@ def _loftq(model: nn.Module, layers: dict[str, LoRALinear], adapter: str, place:
             weight = originals.weight(name, layer.base_layer).to(a)
             if (weight - quantized).norm() > _OTHER_WEIGHTS * weight.norm():
                 raise ValueError(f"init: loftq: {originals.place} does not hold the weights that {name} was quantised from; name them by init_weights")
-            start_a, start_b = loftq(weight, quantized, min(spec.r, *weight.shape), spec.scale)
-            a[: len(start_a)].copy_(start_a)
-            b[:, : len(start_a)].copy_(start_b)
+            _put(*loftq(weight, quantized, min(spec.r, *weight.shape), spec.scale), a, b)
             if spec.dora:  # so that the gain is 1
                 layer.magnitude(adapter).copy_((quantized + spec.scale * b @ a).norm(dim=1))
 

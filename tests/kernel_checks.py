@@ -117,6 +117,13 @@ def check_norm(layer: Layer, kernels: Any) -> None:
     torch.testing.assert_close(kernels.dora_norm(transposed, layer.squares, layer.a, layer.b, s, fresh), norm)
 
 
+def check_nan(layer: Layer, kernels: Any) -> None:
+    """A factor that holds a NaN gives norms that say so: `maximum` of a GPU would turn it into 0."""
+    layer.a[0, -1] = float("nan")
+    norm = kernels.dora_norm(layer.weight, layer.squares, layer.a, layer.b, layer.scale, kernels.norm_memory(layer.weight, layer.r))
+    assert norm.isnan().all()
+
+
 def check_memory(layer: Layer, kernels: Any) -> None:
     """The norm is reused exactly while A and B keep their bits, and each single element of them counts."""
     memory = kernels.norm_memory(layer.weight, layer.r)
@@ -145,52 +152,3 @@ def check_memory(layer: Layer, kernels: Any) -> None:
     if layer.r > 1 and not torch.equal(layer.a[0], layer.a[-1]):
         layer.a[[0, -1]] = layer.a[[-1, 0]]  # the same elements at other places
         assert norm(poisoned).isnan().any()
-
-
-def check_4bit(layer: Layer, kind: str) -> None:
-    from bitsandbytes.functional import quantize_4bit
-
-    from peftkit.kernels import triton_4bit
-
-    whole = torch.randn(layer.outputs, layer.inputs, generator=layer.generator).to(layer.device)
-    packed, state = quantize_4bit(whole, quant_type=kind, compress_statistics=True, blocksize=64)
-    weight = triton_4bit.Weight4bit.of(packed, state)
-    high, low = weight.packed.long() >> 4, weight.packed.long() & 15
-    decoded = weight.code[torch.stack((high, low), 1).view(-1)] * weight.absmax.repeat_interleave(64)[: whole.numel()]
-    decoded = decoded.view(whole.shape).to(layer.dtype).double()
-    assert (decoded - whole.double()).abs().max() < whole.abs().max()  # it is the weight, not garbage
-    s, h = layer.scale, layer.h.double()
-    x, a, b = layer.x.double(), layer.low(layer.a), layer.low(layer.b)
-    y = triton_4bit.low_rank_product_4bit(layer.x, weight, layer.h, layer.b, s, layer.bias)
-    size = x.abs() @ decoded.abs().T + s * h.abs() @ b.abs().T
-    close(y, x @ decoded.T + s * h @ b.T + layer.shift, layer.dtype, size=8 * EPS[torch.float32] / EPS[layer.dtype] * size)
-    g = layer.grad.double()
-    grad_x = triton_4bit.low_rank_product_4bit(layer.grad, weight, layer.h, layer.a, s, transposed=True)
-    size = g.abs() @ decoded.abs() + s * h.abs() @ a.abs()
-    close(grad_x, g @ decoded + s * h @ a, layer.dtype, size=8 * EPS[torch.float32] / EPS[layer.dtype] * size)
-
-
-def check_dropout(layer: Layer, p: float, seed: int) -> None:
-    """All three kernels draw one mask; it keeps the right share, anew for every seed."""
-    from peftkit.kernels import triton_dropout
-
-    def mask(seed: int) -> Tensor:
-        ones = torch.ones(layer.tokens, 1, device=layer.device), torch.ones(1, layer.inputs, device=layer.device)
-        return triton_dropout.add_dropped_product_(torch.zeros(layer.tokens, layer.inputs, device=layer.device), *ones, p, seed)
-
-    kept = mask(seed).double()
-    assert torch.equal(mask(seed).double(), kept)
-    count = kept.numel()
-    if count:
-        torch.testing.assert_close(kept.unique(), torch.tensor([0, 1 / (1 - p)], dtype=torch.float64, device=kept.device)[-len(kept.unique()) :])
-        assert abs((kept == 0).double().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5 + 1e-9
-    if count > 64:
-        assert not torch.equal(mask(seed + 1).double(), kept) and not torch.equal(mask(seed ^ 2**40).double(), kept)
-    ratio = 8 * EPS[torch.float32] / EPS[layer.dtype]
-    dropped, a, h = layer.x.double() * kept, layer.low(layer.a), layer.h.double()
-    close(triton_dropout.dropped_product(layer.x, layer.a, p, seed), dropped @ a.T, layer.dtype, size=ratio * dropped.abs() @ a.abs().T)
-    grad_a = triton_dropout.dropped_gradient_a(layer.x, layer.h, p, seed)
-    close(grad_a, h.T @ dropped, torch.float32, size=8 * h.abs().T @ dropped.abs())
-    grad_x = triton_dropout.add_dropped_product_(layer.x.clone(), layer.h, layer.a, p, seed)
-    size = layer.x.double().abs() + kept * (h.abs() @ a.abs())
-    close(grad_x, layer.x.double() + kept * (h @ a), layer.dtype, size=ratio * size)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import peftkit as pk
+from peftkit import quant
 from peftkit.checkpoint import ADAPTER_FILE, CheckpointError
 from peftkit.config import ConfigError
 from peftkit.layers import LoRAEmbedding, Spec, adapter_layers, trainable_parameters
@@ -273,7 +274,9 @@ def test_roles_and_learning_rates():
 def test_trained_then_detached_or_merged(base, method, saved_llama, ids):
     def fresh() -> nn.Module:
         if base == "nf4":
-            return quantized_llama(saved_llama)
+            model = quantized_llama(saved_llama)
+            quant.protect(model)  # it is evaluated before anything is attached
+            return model
         torch.manual_seed(0)
         opt = dict(vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32)
         return {"llama": tiny_llama, "gemma": tiny_gemma, "opt": lambda: OPTForCausalLM(OPTConfig(**opt, dropout=0.0))}[base]()

@@ -448,6 +448,18 @@ def test_files_exchange_with_peft_both_ways(kind, targets, ids, tmp_path):
         torch.testing.assert_close(weight, merged[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_peft_reads_all_linear_with_shared_experts(ids, tmp_path):
+    from peft import PeftModel
+
+    base = _model("qwen2_moe")
+    model = clone(base)
+    pk.attach(model, pk.LoRA(r=2))
+    wake(model)
+    pk.save_adapter(model, tmp_path)
+    read = PeftModel.from_pretrained(clone(base), tmp_path).eval()
+    torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def _keys(folder):
     from safetensors import safe_open
 

@@ -461,14 +461,17 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, sys.argv[1])
 from test_kernels import adapted, tokens
 from peftkit.layers import trainable_parameters
-dist.init_process_group("gloo")
-rank, x = dist.get_rank(), tokens(8, 16)
+rank = int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/rendezvous", rank=rank, world_size=2)
+x = tokens(8, 16)
 for method in ("lora", "dora"):
     model = adapted(method)
     wrapped = DistributedDataParallel(model)  # must outlive backward
     wrapped(x[rank * 4 : rank * 4 + 4]).square().sum().backward()
     if rank == 0:
         torch.save([p.grad * 2 for _, _, p in trainable_parameters(model)], f"{sys.argv[2]}/{method}.pt")
+    dist.barrier()  # none leaves while the other still speaks to it
+    del wrapped
 dist.destroy_process_group()
 """
 
@@ -476,11 +479,10 @@ dist.destroy_process_group()
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 2000), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), os.path.dirname(__file__), str(tmp_path)],
-            env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+            [sys.executable, str(script), os.path.dirname(__file__), str(tmp_path), str(rank)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 import peftkit as pk
+from peftkit import quant
 from peftkit.checkpoint import ADAPTER_FILE, CONFIG_FILE, CheckpointError
 from peftkit.layers import LoRALinear, SavedModule, TrainedTokens, adapter_layers, heads, trainable_parameters
 from peftkit.loss import TokenLoss
@@ -371,6 +372,7 @@ def test_quantised_modules_and_moving_buffers_are_refused(saved_llama):
 @pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_tokens": {"embed_tokens": [5], "lm_head": [5]}}], ids=["whole", "rows"])
 def test_beside_a_quantised_base(options, saved_llama, tmp_path, ids):
     model = quantized_llama(saved_llama)
+    quant.protect(model)  # it is evaluated before anything is attached
     start = logits(model, ids)
     pk.attach(model, pk.QLoRA(r=2, **options))
     assert torch.equal(logits(model, ids), start)

@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from peftkit.kernels import triton_4bit, triton_dora, triton_dropout
+from peftkit.kernels import triton_dora
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024}  # bytes per block: RTX 4090 and L4; H100
 
@@ -57,11 +57,4 @@ def test_every_kernel_compiles(capability, dtype, r, monkeypatch, tmp_path):
     triton_dora.compose_backward(layer.grad, layer.y, layer.magnitude, layer.norm, layer.bias, need_magnitude=True, need_bias=True)
     memory = triton_dora.norm_memory(layer.weight, r)
     triton_dora.dora_norm(layer.weight, layer.squares, layer.a, layer.b, 2.0, memory)
-    packed = triton_4bit.Weight4bit(torch.zeros(256 * 256, dtype=torch.uint8), torch.ones(256 * 8), torch.ones(16), (256, 512), 64)
-    triton_4bit.low_rank_product_4bit(layer.x, packed, layer.h, layer.b, 2.0, layer.bias)
-    triton_4bit.low_rank_product_4bit(layer.grad, packed, layer.h, layer.a, 2.0, transposed=True)
-    triton_dropout.dropped_product(layer.x, layer.a, 0.1, 2**61)
-    triton_dropout.dropped_gradient_a(layer.x, layer.h, 0.1, 2**61)
-    triton_dropout.add_dropped_product_(layer.x, layer.h, layer.a, 0.1, 2**61)
-    kernels = {"_compose", "_compose_backward", "_finish", "_survey", "_norm", "_product", "_dropped_product", "_dropped_gradient_a", "_add_dropped_product"}
-    assert driver.compiled == kernels
+    assert driver.compiled == {"_compose", "_compose_backward", "_finish", "_survey", "_norm"}

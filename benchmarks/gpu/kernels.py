@@ -3,8 +3,7 @@
     python -m benchmarks.gpu.kernels                                     # writes benchmarks/results/gpu_kernels.json
     TRITON_INTERPRET=1 python -m benchmarks.gpu.kernels --shape tiny --device cpu       # a rehearsal, writes nothing
 
-Milliseconds, medians, the caches cleared before each run on a GPU. The rows "4-bit" and "dropout" are of kernels that
-nothing calls by itself: they would have to win here first.
+Milliseconds, medians, the caches cleared before each run on a GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from rich.console import Console
 
 from benchmarks.gpu.common import RESULTS, check, write
@@ -34,12 +31,12 @@ SHAPES = {  # tokens, (out, in) of the linears
 
 
 def cases(tokens: int, outputs: int, inputs: int, r: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    from peftkit.kernels import triton_4bit, triton_dora, triton_dropout
+    from peftkit.kernels import triton_dora
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
-    x, y, grad, h, weight = random(tokens, inputs), random(tokens, outputs), random(tokens, outputs), random(tokens, r), random(outputs, inputs)
+    y, grad, h, weight = random(tokens, outputs), random(tokens, outputs), random(tokens, r), random(outputs, inputs)
     a, b = random(r, inputs, dtype=torch.float32), random(outputs, r, dtype=torch.float32)
     squares = weight.double().square().sum(1).float()
     magnitude = norm = squares.sqrt()
@@ -62,24 +59,6 @@ def cases(tokens: int, outputs: int, inputs: int, r: int, dtype: torch.dtype, de
 
     yield "norm, taken anew", lambda: dora.dora_norm(*factors), anew
     yield "norm, kept", lambda: dora.dora_norm(*factors), lambda: triton_dora.dora_norm(*factors, memory)
-
-    p, seed, low_a = 0.05, 2**61 + 1, a.to(dtype)
-    yield "dropout: h", lambda: F.dropout(x, p) @ low_a.T, lambda: triton_dropout.dropped_product(x, a, p, seed)
-    yield "dropout: dA", lambda: h.T @ F.dropout(x, p), lambda: triton_dropout.dropped_gradient_a(x, h, p, seed)
-    grad_x = x.clone()
-    yield "dropout: dx", lambda: grad_x.add_(F.dropout(h @ low_a, p)), lambda: triton_dropout.add_dropped_product_(grad_x, h, a, p, seed)
-
-    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
-    small, low_b = triton_4bit.Weight4bit.of(packed, state), b.to(dtype)
-
-    def product() -> torch.Tensor:
-        return (x @ dequantize_4bit(packed, state).T).addmm_(h, low_b.T, alpha=2.0)
-
-    def gradient() -> torch.Tensor:
-        return (grad @ dequantize_4bit(packed, state)).addmm_(h, low_a, alpha=2.0)
-
-    yield "4-bit: y", product, lambda: triton_4bit.low_rank_product_4bit(x, small, h, b, 2.0)
-    yield "4-bit: dx", gradient, lambda: triton_4bit.low_rank_product_4bit(grad, small, h, a, 2.0, transposed=True)
 
 
 def milliseconds(run: Callable[[], Any], device: str) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CACHED_ROWS = 256
 MAX_TRITON_RANK = 64
 ENABLED = True
 """Whether GPUs use Triton at all; False takes plain torch everywhere."""
@@ -52,20 +53,39 @@ def _triton_runs(device: int) -> bool:
     return True
 
 
-def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
-    """y <- m / n * (y + s h B^T) + b, in place, for y (tokens, out) in any float dtype; B, m, n and b may be wider."""
+class Gain(NamedTuple):
+    """g = m / n (out,) as `scale_columns` takes it."""
+
+    exact: Tensor
+    excess: Tensor | None
+    """g - 1 in the dtype of what is scaled, where that is how a CPU is to scale it."""
+
+
+def column_gain(y: Tensor, magnitude: Tensor, norm: Tensor) -> Gain | None:
+    """g for columns like those of y, for plain torch; the Triton kernels take it themselves and are given None."""
+    return None if triton_serves(y, 1) else _gain(gain_of(magnitude, norm), y)
+
+
+def compose_(
+    y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor, bias: Tensor | None, gain: Gain | None = None
+) -> Tensor:  # fmt: skip
+    """y <- m / n * (y + s h B^T) + b, in place, for y (tokens, out) in any float dtype; B, m, n and b may be wider.
+
+    Who has the `column_gain` of y already may give it.
+    """
     if triton_serves(y, b.shape[1]) and y.stride(1) == 1:
         from peftkit.kernels import triton_dora
 
         with torch.cuda.device_of(y):
             return triton_dora.compose_(y, h, b, scale, magnitude, norm, bias)
     y.addmm_(h, b.to(y.dtype).T, alpha=scale)
-    scale_columns(y, gain_of(magnitude, norm), out=y)
+    scale_columns(y, gain or gain_of(magnitude, norm), out=y)
     return y if bias is None else y.add_(bias)
 
 
 def compose_backward(
-    grad: Tensor, y: Tensor | None, magnitude: Tensor, norm: Tensor, bias: Tensor | None, *, need_magnitude: bool, need_bias: bool,
+    grad: Tensor, y: Tensor | None, magnitude: Tensor, norm: Tensor, bias: Tensor | None, gain: Gain | None = None,
+    *, need_magnitude: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(G g, dm, db) of `compose_` from G = dL/dy and its output y, both (tokens, out).
 
@@ -77,27 +97,49 @@ def compose_backward(
 
         with torch.cuda.device_of(grad):
             return triton_dora.compose_backward(grad, y, magnitude, norm, bias, need_magnitude=need_magnitude, need_bias=need_bias)
-    grad_magnitude = None
+    grad_magnitude = scaled = None
     if need_magnitude:
         assert y is not None
-        product = grad * y if bias is None else (y - bias).mul_(grad)  # subtracted first: after the sum it would cancel
-        grad_magnitude = torch.where(magnitude == 0, 0, product.sum(0, dtype=magnitude.dtype) / magnitude)
-    grad_bias = grad.sum(0, dtype=bias.dtype) if need_bias and bias is not None else None
-    return scale_columns(grad, gain_of(magnitude, norm)), grad_magnitude, grad_bias
+        scaled = grad * y if bias is None else (y - bias).mul_(grad)  # subtracted first: after the sum it would cancel
+        grad_magnitude = torch.where(magnitude == 0, 0, sum_of_rows(scaled, magnitude.dtype) / magnitude)
+        scaled = scaled if scaled.dtype == grad.dtype else None  # its memory serves again
+    grad_bias = sum_of_rows(grad, bias.dtype) if need_bias and bias is not None else None
+    return scale_columns(grad, gain or gain_of(magnitude, norm), out=scaled), grad_magnitude, grad_bias
 
 
-def scale_columns(y: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
-    """y * gain for y (tokens, out) and gain (out,) that may be wider than y; `out` may be y itself.
+def sum_of_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_t x (out,) of x (tokens, out), in `dtype`.
 
-    Multiplying mixed dtypes takes two or three passes over y on a CPU. y + y (g - 1) takes one, and is as exact as long
-    as g is near 1, where DoRA keeps it: the rounding of g - 1 is then far below that of y.
+    A CPU that is asked for a sum in fp32 of half precision copies all of x into fp32 first, whose pages cost ten times the
+    sum. In its own dtype it adds in fp32 too, and rounds the result, as it does that of any product.
     """
-    if y.dtype != gain.dtype and not y.is_cuda:
-        excess = gain - 1
-        if bool((excess.abs() <= 0.125).all()):
-            return torch.addcmul(y, y, excess.to(y.dtype), out=out)
-    scaled = torch.mul(y, gain) if out is None else out.mul_(gain)
-    return scaled.to(y.dtype)
+    return x.sum(0, dtype=None if x.device.type == "cpu" and x.dtype.itemsize == 2 else dtype).to(dtype)
+
+
+def _gain(exact: Tensor, y: Tensor) -> Gain:
+    if y.device.type == "cpu" and y.dtype.itemsize == 2:
+        excess = exact - 1
+        if bool(excess.abs().max() <= 0.125):
+            return Gain(exact, excess.to(y.dtype))
+    return Gain(exact, None)
+
+
+def scale_columns(y: Tensor, gain: Gain | Tensor, out: Tensor | None = None) -> Tensor:
+    """y * g in the dtype of y for y (tokens, out) and g (out,) that may be wider; `out` may be y itself.
+
+    Multiplying half precision by fp32 takes a copy of y in fp32 on a CPU. y + y (g - 1) takes one pass, and is as exact as
+    long as g is near 1, where DoRA keeps it: the rounding of g - 1 is then far below that of y. Elsewhere the copy is made
+    of some rows at a time, which stay in the cache.
+    """
+    gain = gain if isinstance(gain, Gain) else _gain(gain, y)
+    if gain.excess is not None:
+        return torch.addcmul(y, y, gain.excess, out=out)
+    if y.device.type == "cpu" and y.dtype.itemsize == 2:
+        out = torch.empty_like(y) if out is None else out
+        for rows, target in zip(y.split(_CACHED_ROWS), out.split(_CACHED_ROWS), strict=True):
+            target.copy_(rows * gain.exact)
+        return out
+    return torch.mul(y, gain.exact).to(y.dtype) if out is None else torch.mul(y, gain.exact, out=out)
 
 
 def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -109,8 +151,8 @@ def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: floa
     """Row norms (out,) of W + s B A in the dtype of `a`, fp32 at least, a new tensor, without building the sum.
 
     |W + s B A|^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B> per row. `squares` (out,) holds |W|^2 by row; `weight`
-    (out, in) may be of lower precision, since it only enters the correction. The r-wide rest is taken in fp64: it costs
-    nothing, and a correction that nearly cancels |W|^2 would lose its digits in fp32.
+    (out, in) may be of lower precision, since it only enters the correction. Beside an fp32 W the r-wide rest is taken in
+    fp64: a correction that nearly cancels |W|^2 would lose digits in fp32 that half precision never had.
 
     With a `memory` from `norm_memory` the norm is taken anew, in fp32, only where a bit of A or B has changed, whatever
     wrote it. The GPU finds that out and acts on it; the host does not wait for it.
@@ -122,10 +164,12 @@ def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: floa
             return triton_dora.dora_norm(weight, squares, a, b, scale, memory)
     with torch.autocast(weight.device.type, enabled=False):
         narrow = a.to(weight.dtype)
+        wide = torch.float64 if weight.dtype.itemsize > 2 else torch.promote_types(a.dtype, torch.float32)
         # W A^T (out, r); of a transposed W (GPT-2, embeddings) the way round in which it is stored, which is up to 20 times faster.
-        cross = (weight @ narrow.T if weight.stride(1) == 1 else (narrow @ weight.T).T).double()
-        wide_a, wide_b = a.double(), b.double()
-        correction = (wide_b * (2 * scale * cross + scale**2 * (wide_b @ (wide_a @ wide_a.T)))).sum(1)
+        cross = (weight @ narrow.T if weight.stride(1) == 1 else (narrow @ weight.T).T).to(wide)
+        wide_a, wide_b = a.to(wide), b.to(wide)
+        inner = torch.addmm(cross, wide_b, wide_a @ wide_a.T, beta=2 * scale, alpha=scale**2)
+        correction = inner.mul_(wide_b).sum(1)
         return (squares + correction).clamp_min_(0).sqrt_().to(torch.promote_types(a.dtype, torch.float32))
 
 

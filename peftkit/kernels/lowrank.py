@@ -17,13 +17,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkit.kernels.dora import compose_, compose_backward, gain_of
+from peftkit.kernels.dora import column_gain, compose_, compose_backward, gain_of, sum_of_rows
 
 Weight = Callable[[torch.dtype], Tensor]
 
@@ -31,24 +31,61 @@ Weight = Callable[[torch.dtype], Tensor]
 # -------------------------------------------------------------------------------------------------------------- dropout
 
 
-def zero_at_random_(x: Tensor, p: float, seed: int) -> Tensor:
-    """Zeroes every element of the contiguous `x` with probability p, in place; the same ones for the same seed and shape.
+REMEMBERED = 0.1
+"""Up to this rate of dropout a CPU keeps the places of the zeros for backward, 4 bytes each, instead of drawing them again."""
 
-    On a CPU the gaps between zeroed elements are drawn (they are geometric), p * n random numbers instead of n.
+
+def zeroed_places(count: int, p: float, seed: int) -> Tensor:
+    """Which of `count` elements are dropped, each with probability p, in ascending order; the same ones for the same seed.
+
+    The gaps between them are drawn (they are geometric): p * count random numbers instead of count.
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
-    if x.device.type != "cpu":
-        return x.mul_(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator))
-    end, total = 0, x.numel()
-    places = x.view(-1)
-    while end < total:
-        expected = (total - end) * p
+    generator = torch.Generator().manual_seed(seed)
+    end, found = 0, [torch.empty(0, dtype=torch.int64)]
+    while end < count:
+        expected = (count - end) * p
         u = torch.rand(int(expected + 4 * math.sqrt(expected)) + 8, generator=generator, dtype=torch.float64 if p < 1e-4 else torch.float32)
-        gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=total).to(torch.int64).add_(1)  # each at least 1
+        gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=count).to(torch.int64).add_(1)  # each at least 1
         position = gaps.cumsum_(0).add_(end - 1)
-        places.index_fill_(0, position[: int(torch.searchsorted(position, total))], 0)
+        found.append(position[: int(torch.searchsorted(position, count))])
         end = int(position[-1]) + 1
-    return x
+    return found[1] if len(found) == 2 else torch.cat(found)
+
+
+class Dropout(NamedTuple):
+    """d(x) of one tensor up to its factor 1 / (1 - p): on a CPU the places of the zeros, elsewhere the seed to draw them from."""
+
+    p: float
+    seed: int
+    places: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, p: float, seed: int, kept: Tensor | None = None) -> Dropout:
+        """Of a tensor like `x`; `kept` is what `to_keep` gave for the same seed."""
+        if not p or x.device.type != "cpu":
+            return cls(p, seed, None)
+        return cls(p, seed, zeroed_places(x.numel(), p, seed) if kept is None else kept.to(torch.int64))
+
+    def to_keep(self) -> Tensor | None:
+        """What backward should be given, None where it is to draw anew."""
+        return None if self.places is None or self.p > REMEMBERED else self.places.to(torch.int32 if self.places.numel() < 2**31 else torch.int64)
+
+    def zero_(self, x: Tensor) -> Tensor:
+        """Zeroes the dropped elements of the contiguous `x` in place."""
+        if self.places is not None:
+            x.view(-1).index_fill_(0, self.places, 0)
+        elif self.p:
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+            x.mul_(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=generator))
+        return x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.zero_(x.clone(memory_format=torch.contiguous_format)) if self.p else x
+
+
+def zero_at_random_(x: Tensor, p: float, seed: int) -> Tensor:
+    """Zeroes every element of the contiguous `x` with probability p, in place; the same ones for the same seed and shape."""
+    return Dropout.of(x, p, seed).zero_(x)
 
 
 # -------------------------------------------------------------------------------------------------- the low-rank product
@@ -59,25 +96,16 @@ def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return factors[0].to(dtype) if len(factors) == 1 else torch.cat([a.to(dtype) for a in factors])
 
 
-def _dropped(flat: Tensor, dropout: float, seed: int) -> Tensor:
-    return zero_at_random_(flat.clone(memory_format=torch.contiguous_format), dropout, seed) if dropout else flat
-
-
-def _multiply(flat: Tensor, factors: Sequence[Tensor], dropout: float, seed: int) -> Tensor:
+def _multiply(flat: Tensor, factors: Sequence[Tensor], dropout: Dropout) -> Tensor:
     """d(x) A^T (tokens, sum of r) for x (tokens, in)."""
-    h = _dropped(flat, dropout, seed) @ _stacked(factors, flat.dtype).T
-    return h.mul_(1 / (1 - dropout)) if dropout else h
+    h = dropout(flat) @ _stacked(factors, flat.dtype).T
+    return h.mul_(1 / (1 - dropout.p)) if dropout.p else h
 
 
-def _gradient_of_factors(grad_h: Tensor, flat: Tensor, dropout: float, seed: int) -> Tensor:
-    """dA (sum of r, in) from dh, which already holds the 1 / (1 - p) of the dropout."""
-    return grad_h.T @ _dropped(flat, dropout, seed)
-
-
-def _add_gradient_of_input_(grad_x: Tensor, grad_h: Tensor, low_a: Tensor, dropout: float, seed: int) -> None:
+def _add_gradient_of_input_(grad_x: Tensor, grad_h: Tensor, low_a: Tensor, dropout: Dropout) -> None:
     """dx (tokens, in) += d(dh A)."""
-    if dropout:
-        grad_x.add_(zero_at_random_(grad_h @ low_a, dropout, seed))
+    if dropout.p:
+        grad_x.add_(dropout.zero_(grad_h @ low_a))
     else:
         grad_x.addmm_(grad_h, low_a)
 
@@ -99,31 +127,33 @@ class _SharedDown(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropout: float, seed: int, after: Callable[[], None], *factors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.dropout, ctx.seed, ctx.after = dropout, seed, after
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *factors)
-        h = _multiply(x.reshape(-1, x.shape[-1]), factors, dropout, seed)
+        drop = Dropout.of(x, dropout, seed)
+        ctx.save_for_backward(x, drop.to_keep(), *factors)
+        h = _multiply(x.reshape(-1, x.shape[-1]), factors, drop)
         return x.view_as(x), *h.split([a.shape[0] for a in factors], 1)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, *grads: Tensor | None):  # type: ignore[override]
         _refuse_second_derivative()
         ctx.after()
-        x, *factors = ctx.saved_tensors
+        x, places, *factors = ctx.saved_tensors
         used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         grad_a: list[Tensor | None] = [None] * len(factors)
         if not used:
             return grad_x, None, None, None, *grad_a
         grad_h = torch.cat([grad for _, grad in used], 1) if len(used) > 1 else used[0][1]  # (tokens, sum of r)
-        if ctx.dropout:
-            grad_h = grad_h * (1 / (1 - ctx.dropout))
+        drop = Dropout.of(x, ctx.dropout, ctx.seed, places)
+        if drop.p:
+            grad_h = grad_h * (1 / (1 - drop.p))
         if any(ctx.needs_input_grad[4:]):
-            parts = _gradient_of_factors(grad_h, x.reshape(-1, x.shape[-1]), ctx.dropout, ctx.seed)
+            parts = grad_h.T.contiguous() @ drop(x.reshape(-1, x.shape[-1]))
             for (i, _), part in zip(used, parts.split([factors[i].shape[0] for i, _ in used]), strict=True):
                 grad_a[i] = part.to(factors[i].dtype)
         if ctx.needs_input_grad[0]:
             # Nothing but `linear` sees the x that went through, so its gradient is ours to change.
             grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
             low_a = _stacked([factors[i] for i, _ in used], x.dtype)
-            _add_gradient_of_input_(grad_x.view(-1, x.shape[-1]), grad_h, low_a, ctx.dropout, ctx.seed)
+            _add_gradient_of_input_(grad_x.view(-1, x.shape[-1]), grad_h, low_a, drop)
         return grad_x, None, None, None, *grad_a
 
 
@@ -143,16 +173,20 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, magnitude: Tensor | None, bias: Tensor | None,
-        frozen: Callable[[Tensor], Tensor], weight: Weight, norm: Tensor | None, scale: float, dropout: float, seed: int, fuse: bool,
+        frozen: Callable[[Tensor], Tensor], weight: Weight, norm_of: Callable[[], Tensor] | None, scale: float, dropout: float, seed: int, fuse: bool,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        own = h is None
+        own, places = h is None, None
         if h is None:
             assert a is not None
-            h = _multiply(flat, [a], dropout, seed)
+            drop = Dropout.of(flat, dropout, seed)
+            h, places = _multiply(flat, [a], drop), drop.to_keep()
         y = frozen(flat)  # (tokens, out); LoRA: with the bias, DoRA: without
-        if magnitude is not None and norm is not None:
-            compose_(y, h, b, scale, magnitude, norm, bias)
+        ctx.gain = norm = None
+        if magnitude is not None and norm_of is not None:
+            norm = norm_of()  # after the product with W, which leaves W in the cache
+            ctx.gain = column_gain(y, magnitude, norm)
+            compose_(y, h, b, scale, magnitude, norm, bias, ctx.gain)
         elif fuse:
             y.addmm_(h, b.to(y.dtype).T, alpha=scale)
         else:  # rounds where peft rounds
@@ -162,18 +196,18 @@ class _Linear(torch.autograd.Function):
         # The norm is the layer's own, kept from step to step and never written to: no activation.
         ctx.weight, ctx.norm, ctx.scale, ctx.dropout, ctx.seed, ctx.shape = weight, norm, scale, dropout, seed, x.shape
         if magnitude is None or y.is_inference():
-            ctx.save_for_backward(x if own else None, h, a, b, None, bias, None)
+            ctx.save_for_backward(x if own else None, places, h, a, b, None, bias, None)
         else:  # `counter` shares y's count of the writes into it, and nothing else
             ctx.counter = y.detach()
             ctx.counter.data = y.new_empty(0)
             ctx.written = y._version
-            ctx.save_for_backward(x, h, a, b, magnitude, bias, y.data)
+            ctx.save_for_backward(x, places, h, a, b, magnitude, bias, y.data)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         _refuse_second_derivative()
-        x, h, a, b, magnitude, bias, y = ctx.saved_tensors
+        x, places, h, a, b, magnitude, bias, y = ctx.saved_tensors
         need_x, need_h, need_a, need_b, need_magnitude, need_bias = ctx.needs_input_grad[:6]
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x: Any = None
@@ -181,22 +215,25 @@ class _Linear(torch.autograd.Function):
         grad_a = grad_b = grad_magnitude = grad_bias = None
         if magnitude is not None:
             if need_magnitude and ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
-                y = compose_(x.reshape(-1, x.shape[-1]) @ ctx.weight(x.dtype).T, h, b, ctx.scale, magnitude, ctx.norm, bias)
+                y = compose_(x.reshape(-1, x.shape[-1]) @ ctx.weight(x.dtype).T, h, b, ctx.scale, magnitude, ctx.norm, bias, ctx.gain)
             y = y.reshape(grad.shape)
-            grad, grad_magnitude, grad_bias = compose_backward(grad, y, magnitude, ctx.norm, bias, need_magnitude=need_magnitude, need_bias=need_bias)
+            grad, grad_magnitude, grad_bias = compose_backward(grad, y, magnitude, ctx.norm, bias, ctx.gain, need_magnitude=need_magnitude, need_bias=need_bias)
         elif need_bias:
-            grad_bias = grad.sum(0, dtype=bias.dtype)
-        if need_b:
-            # The product the other way round is slower on CPUs, up to 1.6 times for wide outputs.
-            grad_b = (h.T @ grad).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(ctx.scale)  # (out, r)
+            grad_bias = sum_of_rows(grad, bias.dtype)
         if need_x:
             grad_x = grad @ ctx.weight(grad.dtype)  # (tokens, in)
+        if need_b:
+            # The product the other way round is slower on CPUs, up to 1.6 times for wide outputs.
+            grad_b = (h.T.contiguous() @ grad).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(ctx.scale)  # (out, r)
         if need_h or need_a or (need_x and a is not None):
             grad_h = (grad @ b.to(grad.dtype)).mul_(ctx.scale / (1 - ctx.dropout))  # (tokens, r)
-        if a is not None and need_a:
-            grad_a = _gradient_of_factors(grad_h, x.reshape(-1, x.shape[-1]), ctx.dropout, ctx.seed).to(a.dtype)
-        if a is not None and need_x:
-            _add_gradient_of_input_(grad_x, grad_h, a.to(grad.dtype), ctx.dropout, ctx.seed)
+        if a is not None and (need_a or need_x):
+            flat = x.reshape(-1, x.shape[-1])
+            drop = Dropout.of(flat, ctx.dropout, ctx.seed, places)
+            if need_a:
+                grad_a = (grad_h.T.contiguous() @ drop(flat)).to(a.dtype)  # dh holds the 1 / (1 - p) of the dropout
+            if need_x:
+                _add_gradient_of_input_(grad_x, grad_h, a.to(grad.dtype), drop)
         if need_x and len(ctx.shape) != 2:
             grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_h if need_h else None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None, None, None, None, None
@@ -204,9 +241,9 @@ class _Linear(torch.autograd.Function):
 
 def linear(
     x: Tensor, b: Tensor, *, frozen: Callable[[Tensor], Tensor], weight: Weight, scale: float, a: Tensor | None = None, h: Tensor | None = None,
-    dropout: float = 0.0, magnitude: Tensor | None = None, bias: Tensor | None = None, norm: Tensor | None = None, fuse: bool = True,
+    dropout: float = 0.0, magnitude: Tensor | None = None, bias: Tensor | None = None, norm: Callable[[], Tensor] | None = None, fuse: bool = True,
 ) -> Tensor:  # fmt: skip
-    """y (..., out) of a frozen linear with a low-rank update, and DoRA's scaling where `magnitude` and the `norm` of W + s B A are given.
+    """y (..., out) of a frozen linear with a low-rank update, and DoRA's scaling where `magnitude` is given and `norm`, which gives that of W + s B A.
 
     Either `a`, or `h` with the x that came with it from `shared_down` (dropout is then in h already). frozen(x) is the
     frozen product, a fresh tensor (with the bias for LoRA, without it for DoRA); weight(dtype) gives W (out, in) for

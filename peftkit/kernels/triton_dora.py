@@ -221,7 +221,7 @@ def _norm(
         low_b = tl.load(b + o[:, None].to(tl.int64) * r + k[None, :], mask=(o[:, None] < outputs) & (k[None, :] < r), other=0.0)
         inner = 2 * scale * cross + scale * scale * tl.dot(low_b, gram, input_precision="ieee")
         total = tl.load(squares + o, mask=o < outputs, other=0.0).to(tl.float32) + tl.sum(low_b * inner, 1)
-        n = tl.sqrt(tl.maximum(total, 0.0))
+        n = tl.sqrt(tl.where(total < 0, 0.0, total))  # the maximum with 0 of a NaN is 0 on a GPU
         tl.store(kept + o, n, mask=o < outputs)
         tl.store(seen + row_block, found)
     tl.store(norm + o, n, mask=o < outputs)

@@ -164,7 +164,7 @@ class LoRALinear(AdapterLayer):
         dense = weight(x.dtype).detach()
         return linear(
             x, b, frozen=lambda flat: flat @ dense.T, weight=weight, scale=self.scale, magnitude=self.magnitude(self.active[0]), bias=base.bias,
-            norm=self.norm(dense, factors), **product,
+            norm=lambda: self.norm(dense, factors), **product,
         )  # fmt: skip
 
     def _composed(self, x: Tensor) -> Tensor:

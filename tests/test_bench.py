@@ -6,6 +6,7 @@ import _thread
 import io
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -321,6 +322,7 @@ def test_jobs_run_at_the_same_time_and_share_the_cores(tmp_path, command, monkey
 
 
 def test_an_interrupt_ends_the_running_cell(tmp_path, command):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     marker = tmp_path / "pid"
 
     def interrupt() -> None:
@@ -331,8 +333,11 @@ def test_an_interrupt_ends_the_running_cell(tmp_path, command):
     watcher = threading.Thread(target=interrupt, daemon=True)
     watcher.start()
     suite = fake_suite(seeds=[0, 1], hangs={"fake": {"fails": "hang", "marker": str(marker)}})
-    with pytest.raises(KeyboardInterrupt):
-        run_suite(suite, tmp_path, console=quiet(), command=command)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_suite(suite, tmp_path, console=quiet(), command=command)
+    finally:
+        signal.signal(signal.SIGINT, before)
     watcher.join()
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)

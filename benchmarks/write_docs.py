@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from peftkit.train import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 SCORES, RESULTS = BUILTIN / "tiny" / "scores.json", ROOT / "benchmarks" / "results" / "ci.json"
 ADAPTERS, ARCHITECTURES = (ROOT / "benchmarks" / "results" / name for name in ("adapters.json", "architectures.json"))
+GPU_MODEL, GPU_KERNELS, GPU_ADAPTERS = (ROOT / "benchmarks" / "results" / f"gpu_{name}.json" for name in ("llama8b", "kernels", "adapters"))
 SECTIONS: dict[str, type[Config]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
 
 
@@ -93,6 +95,37 @@ def adapters(path: Path) -> str:
     return f"{facts} {note}\n\n{table(columns, rows)}"
 
 
+def gpu(model: Path, kernels: Path, small: Path) -> str:
+    """A step of an 8B model, the Triton kernels by themselves, and the small model of the CPU's table, on a GPU."""
+    found, parts, little = (json.loads(path.read_text()) for path in (model, kernels, small))
+    rows = [
+        ["QDoRA" if row["dora"] else "QLoRA", "yes" if row["checkpointing"] else "no", row["who"], f"{row['median_seconds']:.3f}",
+         f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f}"]
+        for row in sorted(found["rows"], key=lambda row: (row["dora"], row["checkpointing"], row["who"]))
+    ]  # fmt: skip
+    by_kernel: dict[str, list[float]] = {}
+    for row in parts["rows"]:
+        by_kernel.setdefault(row["kernel"], []).append(row["times_faster"])
+    faster = [[name, f"{min(times):.1f}", f"{statistics.median(times):.1f}", f"{max(times):.1f}"] for name, times in by_kernel.items()]
+    shape = next(iter(little["tables"].values()))
+    launched = [
+        [row["method"], *(f"{ratio:.2f}" for ratio in (row["peftkit"]["time_over_base"], row["peft"]["time_over_base"], row["faster_than_peft"]))]
+        for row in shape["rows"]
+    ]
+    versions = found["versions"]
+    return "\n\n".join([
+        f"{found['machine']['gpu']}, bfloat16; torch {versions['torch']}, CUDA {versions['cuda']}, triton {versions['triton']}, peft {versions['peft']}, "
+        f"bitsandbytes {versions['bitsandbytes']}, transformers {versions['transformers']}; commit {found['commit']}.",
+        f"**A step of an 8B-shaped Llama** (random weights, NF4 with double quantisation, r = {found['r']}, {found['tokens']:,} tokens, batch 1, AdamW):",
+        table(["method", "checkpointing", "who", "seconds", "tokens/s", "peak GiB"], rows),
+        "**The Triton kernels against plain torch**, times faster, over the linears of that model and 512 to 8,192 tokens:",
+        table(["kernel", "least", "median", "most"], faster),
+        f"**The small model of the table above** ({shape['config']['hidden_size']} wide) has so little to compute that its step is the launching of kernels; "
+        "there what counts is the number of launches and Python's time for each, and no adapter is near the base:",
+        table(["method", "step time / frozen base", "peft's", "times faster than peft"], launched),
+    ])  # fmt: skip
+
+
 def architectures(path: Path) -> str:
     """What was adapted, trained, exchanged and merged on each architecture."""
     found = json.loads(path.read_text())
@@ -138,6 +171,8 @@ def blocks() -> dict[Path, dict[str, str]]:
     if ADAPTERS.exists():
         found[docs / "adapters.md"]["adapters"] = adapters(ADAPTERS)
         found[ROOT / "README.md"]["adapters"] = adapters(ADAPTERS)
+    if GPU_MODEL.exists() and GPU_KERNELS.exists() and GPU_ADAPTERS.exists():
+        found[docs / "adapters.md"]["gpu"] = gpu(GPU_MODEL, GPU_KERNELS, GPU_ADAPTERS)
     if ARCHITECTURES.exists():
         found[docs / "architectures.md"]["architectures"] = architectures(ARCHITECTURES)
     return found

@@ -12,8 +12,9 @@ from peftkit.data.load import load_examples
 from peftkit.data.order import DataOrder
 from peftkit.data.pack import collate, make_rows, pack
 from peftkit.data.read import BadRow, HubError
-from peftkit.data.render import colour_row, marked_row, render
+from peftkit.data.render import render
 from peftkit.data.report import DataReport
+from peftkit.data.show import colour_row, marked_row
 
 __all__ = [
     "BadRow",

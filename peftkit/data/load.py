@@ -205,7 +205,7 @@ def cache_key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
             yield from (part for path in source.files for part in (str(path), read_text(path)))
         else:
             for _, record in source.records():
-                yield f"{record.where}\n" + (record.reason if isinstance(record, BadRow) else json.dumps(record.columns, default=as_hex, sort_keys=True))
+                yield f"{record.where}\n" + (record.reason if isinstance(record, BadRow) else json.dumps(record.columns, default=as_hex))
 
     return content_hash(parts())
 

@@ -25,7 +25,6 @@ from peftkit.data.formats import Row, Turn, find_format, normalise
 from peftkit.data.read import BadRow, Record
 
 if TYPE_CHECKING:
-    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "Qx7placeholder7xQ"  # stands for the content of a turn, to see where a template puts it
@@ -170,6 +169,8 @@ class Renderer:
             trained[start:end] = [True] * (end - start)
         last = turns[-1] if turns else 0
         prompt = self.chat(messages[:last], tools, prompt=True) if last else ""
+        if any(message["role"] not in ("user", "assistant") for message in messages):
+            self.look_for(messages, self.chat(messages, tools))
         written = str(self.tokenizer.decode(ids[slice(*spans[-1])])) if spans else ""
         return Draft(row, prompt=prompt, answer=self.answer(messages, turns, written), ids=ids, trained=trained)
 
@@ -177,6 +178,7 @@ class Renderer:
         """The spans of the turns in the text that the template makes of all of them."""
         messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
         text, spans = self.chat(messages, tools), []
+        self.look_for(messages, text)
         prompt = self.chat(messages[: turns[-1]], tools, prompt=True) if turns and turns[-1] else ""
         if self.config.loss_on == "all":
             return Draft(row, text, [(0, len(text))], prompt, self.answer(messages, turns, ""))
@@ -227,6 +229,14 @@ class Renderer:
         if end < 0 or not text.endswith(behind) or not all(part in found for part in said):
             return None
         return len(text) - len(behind), found
+
+    def look_for(self, messages: list[Turn], text: str) -> None:
+        """Counts turns whose content is not in the text of the row; templates skip what they do not know."""
+        for turn in messages:
+            said = (turn["content"] or "").split("</think>")[-1].strip()
+            if not any(form in text for form in (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])):
+                article = "an" if turn["role"] == "assistant" else "a"
+                self.counts[f"the chat template leaves out what {article} {turn['role']} turn says"] += 1
 
     def to_its_end(self, written: str) -> str:
         """Without what the template adds after the first token that ends the turn (a line break, an end of text): generation has stopped by then."""
@@ -324,6 +334,8 @@ class Renderer:
             elif ending != self.eos:
                 names = [repr(token and self.tokenizer.convert_ids_to_tokens(token)) for token in (ending, self.eos)]
                 notes.append(f"{count} rows end with {names[0]}, which is trained; the tokenizer's eos is {names[1]}: generation must stop at both")
+        if "strftime_now" in self.template:
+            notes.append("the chat template writes today's date into the rows: those of another day, or of a run resumed then, may differ")
         if self.eos is not None and self.eos == self.tokenizer.pad_token_id:
             notes.append("pad is the same token as eos; eos is trained all the same, because padding is told by its place, not by its id")
         return notes
@@ -367,28 +379,3 @@ def runs(trained: list[bool]) -> list[tuple[int, int]]:
             found.append((start, end))
         start = end
     return found
-
-
-# Rows to look at
-
-
-def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
-    """(text, trained) of each stretch. Decoded from the start each time: alone, a stretch may lose its first space."""
-    done, start = "", 0
-    for trained, group in groupby(example.trained):
-        start += len(list(group))
-        text = str(tokenizer.decode(example.input_ids[:start], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        yield text[len(done) :], trained
-        done = text
-
-
-def colour_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The row's text for a terminal: trained tokens green, all else dim, special tokens written out."""
-    from rich.text import Text
-
-    return Text.assemble(*((text, "bold green" if trained else "dim") for text, trained in pieces(example, tokenizer)))
-
-
-def marked_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row's text for a log: what is trained stands in `[[` and `]]`."""
-    return "".join(f"[[{text}]]" if trained else text for text, trained in pieces(example, tokenizer))

@@ -45,6 +45,8 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
         recipe.model.name, recipe.quantize, "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype),
         device=accelerator.device, attention=recipe.model.attention, revision=recipe.model.revision,
     )  # fmt: skip
+    if recipe.data.packing:
+        data.check_isolation(model)
     handles = {}
     if not recipe.train.full_finetuning or recipe.methods:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from peftkit.data.config import DataConfig, Part
 from peftkit.data.examples import Example, Examples, Rows
+from peftkit.data.isolate import check_isolation
 from peftkit.data.load import load_examples
 from peftkit.data.order import DataOrder
 from peftkit.data.pack import collate, make_rows, pack
@@ -26,6 +27,7 @@ __all__ = [
     "HubError",
     "Part",
     "Rows",
+    "check_isolation",
     "collate",
     "colour_row",
     "load_examples",

@@ -10,6 +10,15 @@ from peftkit.config import Config, suggest
 from peftkit.data.formats import NEEDED, OPTIONAL
 
 
+def known_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
+    """The columns as they are. Raises ValueError for a name that no format has."""
+    names = sorted(NEEDED | OPTIONAL)
+    for name in columns or {}:
+        if name not in names:
+            raise ValueError(f"{name!r} is no standard column{suggest(name, names)} (there are: {', '.join(names)})")
+    return columns
+
+
 class Part(Config):
     """A further source of training rows, and how much of the training it makes up."""
 
@@ -21,6 +30,8 @@ class Part(Config):
 
     columns: dict[str, str] | None = None
     """As `data.columns`, for this source; the other keys of `data` hold for it too."""
+
+    _known_columns = field_validator("columns")(known_columns)
 
 
 class DataConfig(Config):
@@ -85,14 +96,7 @@ class DataConfig(Config):
         changes: dict[str, Any] = {"train": source, "train_rows": rows, "columns": columns, "replay": None, "mix": [], "eval": None, "holdout": 0.0}
         return self.model_copy(update=changes)
 
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
-        names = sorted(NEEDED | OPTIONAL)
-        for name in columns or {}:
-            if name not in names:
-                raise ValueError(f"{name!r} is no standard column{suggest(name, names)} (there are: {', '.join(names)})")
-        return columns
+    _known_columns = field_validator("columns")(known_columns)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -60,7 +60,7 @@ class DataConfig(Config):
 
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     """The tokens that are trained: every assistant turn, the last one, or the whole row. Of prompt and completion,
-    `assistant` and `last` both mean the completion. Plain text is always trained as a whole."""
+    `assistant` and `last` both mean the completion, and of a preference pair the chosen answer. Plain text is always trained as a whole."""
 
     max_length: int = Field(512, ge=2)
     """Longest row, in tokens; also the size of a packed row, and of the blocks a .txt file is cut into."""

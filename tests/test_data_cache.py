@@ -195,12 +195,7 @@ def test_writers_side_by_side(source, tmp_path):
         "print(len(examples), examples.lengths.sum(), examples[299].answer)\n"
     )
     root, here = Path(__file__).parents[1], Path(__file__).parent
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(source), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-        )
-        for _ in range(3)
-    ]
+    running = [subprocess.Popen([sys.executable, "-c", code, str(source), str(here)], stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
     told = {writer.communicate(timeout=120)[0] for writer in running}
     assert [writer.returncode for writer in running] == [0, 0, 0] and len(told) == 1
     assert len(kept(tmp_path)) == 1 and read(source)[0] == in_memory(source)

@@ -171,7 +171,8 @@ class Renderer:
         prompt = self.chat(messages[:last], tools, prompt=True) if last else ""
         if any(message["role"] not in ("user", "assistant") for message in messages):
             self.look_for(messages, self.chat(messages, tools))
-        written = str(self.tokenizer.decode(ids[slice(*spans[-1])])) if spans else ""
+        calls_only = spans and not messages[last]["content"]
+        written = str(self.tokenizer.decode(ids[slice(*spans[-1])])) if calls_only else ""
         return Draft(row, prompt=prompt, answer=self.answer(messages, turns, written), ids=ids, trained=trained)
 
     def draft_by_spans(self, row: Row) -> Draft:

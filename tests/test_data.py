@@ -376,6 +376,9 @@ def test_long_rows_are_dropped_or_cut_and_counted(tmp_path):
     examples, report = load_examples(config(train=path, max_length=16, truncation="right"), tokenizer(), "train")
     assert report.lengths == [6, 16, 8] and report.truncated == 1 and not report.dropped
     assert sum(examples[1].trained) == 14 == report.supervised_tokens - 4 - 6
+    lost = write(tmp_path / "lost.jsonl", [{"prompt": "a", "completion": "b" * 30}, {"prompt": "a" * 30, "completion": "b"}])
+    _, report = load_examples(config(train=lost, max_length=16, truncation="right", on_bad_row="skip"), tokenizer(), "train")
+    assert report.truncated == 1 and [bad.where for bad in report.dropped] == [f"{lost}:2"], "what is left out is not counted as cut too"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_templates import family_tokenizer
 from conftest import tiny_gpt2, tiny_llama
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BloomConfig,
@@ -27,6 +29,7 @@ from transformers import (
 
 from peftkit.config import ConfigError
 from peftkit.data import DataConfig, Example, check_isolation, collate, load_examples, make_rows, pack
+from peftkit.run import run
 
 
 def documents(*lengths: int) -> list[Example]:
@@ -154,6 +157,27 @@ def test_models_that_let_documents_see_each_other_are_refused_by_name(name):
     with pytest.raises(ConfigError, match=rf"(?i){name}ForCausalLM with \w+ attention lets packed documents see each other.*data.packing: false"):
         check_isolation(model.train())
     assert model.training
+
+
+def test_a_run_stops_before_it_trains_on_documents_that_see_each_other(tmp_path):
+    chat = family_tokenizer("base")
+    torch.manual_seed(0)
+    falcon = FalconForCausalLM(FalconConfig(**SMALL | {"vocab_size": len(chat)}, num_hidden_layers=2, num_attention_heads=4))
+    falcon.save_pretrained(tmp_path / "base")
+    chat.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2+2", "completion": "4"}\n' * 8)
+    recipe = {
+        "model": {"name": str(tmp_path / "base")},
+        "methods": [{"lora": {"r": 2}}],
+        "data": {"train": str(tmp_path / "rows.jsonl"), "packing": True, "max_length": 32},
+        "train": {"max_steps": 1, "batch_size": 2},
+        "output_dir": str(tmp_path / "out"),
+    }
+    with pytest.raises(ConfigError, match="FalconForCausalLM with sdpa attention lets packed documents see each other"):
+        run(recipe, console=Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+    recipe["data"]["packing"] = False
+    assert run(recipe, console=Console(quiet=True)).train["steps"] == 1
 
 
 def test_a_model_that_takes_no_positions_is_refused_by_name():

@@ -210,8 +210,11 @@ def test_a_source_mixed_in_has_its_own_columns_and_is_held_to_the_same_rules(tmp
     examples, _ = load_examples(config(train=new, replay=replay), PLAIN, "train")
     assert marked_row(examples[len(examples) - 1], PLAIN) == "<s>1+1\n[[2</s>]]"
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": ""}])
-    with pytest.raises(ConfigError, match=r"bad.jsonl: 1 of 1 rows cannot be used"):
+    with pytest.raises(ConfigError, match=r"^data.replay: .*bad.jsonl: 1 of 1 rows cannot be used"):
         load_examples(config(train=new, replay={"source": bad, "share": 0.1}), PLAIN, "train")
+    parts = [{"source": other, "share": 0.1, "columns": replay["columns"]}, {"source": str(tmp_path / "othr.jsonl"), "share": 0.1}]
+    with pytest.raises(ConfigError, match=r"^data.mix.1: no such file: .*othr.jsonl; did you mean 'other.jsonl'"):
+        load_examples(config(train=new, mix=parts, replay=replay), PLAIN, "train")
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,13 @@ def mix(examples: Examples, report: DataReport, config: DataConfig, tokenizer: P
     tokens = int(examples.lengths.sum())
     total = tokens / (1 - sum(part.share for part in config.parts))
     joined = [examples]
-    for part in config.parts:
+    for number, part in enumerate(config.parts):
         alone = config.alone(part.source, columns=part.columns)
-        others, own = load_source(Source(part.source, alone, "train", False, None, mixed_in=True), tokenizer)
+        try:
+            others, own = load_source(Source(part.source, alone, "train", False, None, mixed_in=True), tokenizer)
+        except ConfigError as error:
+            key = "data.replay" if part is config.replay else f"data.mix.{number - bool(config.replay)}"
+            raise type(error)(f"{key}: {error}") from error
         lengths, wanted = others.lengths, part.share * total
         picks: list[int] = []
         taken, passes, draw = 0, 0, Random(0)

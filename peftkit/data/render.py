@@ -315,9 +315,9 @@ class Renderer:
         if len(ids) > longest:
             if self.config.truncation == "drop":
                 return BadRow(row.where, f"{len(ids)} tokens, and max_length is {longest}", too_long=True)
-            self.truncated += 1
             if not any(trained[:longest]):
                 return BadRow(row.where, f"all {supervised} trained tokens lie beyond max_length {longest} (the row has {len(ids)})")
+            self.truncated += 1
             ids, trained = ids[:longest], trained[:longest]
         elif self.config.loss_on != "all":
             start, end = runs(trained)[-1]

@@ -92,7 +92,7 @@ def _data_lines(recipe: Recipe, tokenizer: Any) -> tuple[list[str], list[tuple[T
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
     examples, report = data.load_examples(recipe.data, tokenizer, "train")
     _, eval_report = data.load_examples(recipe.data, tokenizer, "eval")
-    rows = len(data.pack(examples, recipe.data.max_length)) if recipe.data.packing else len(examples)
+    rows = len(data.make_rows(examples, recipe.data))
     lines = report.lines() + eval_report.lines()
     lines.append(f"{recipe.train.steps(rows)} steps over {rows} {'packed ' if recipe.data.packing else ''}rows")
     if recipe.data.packing:

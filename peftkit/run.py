@@ -45,6 +45,8 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
         recipe.model.name, recipe.quantize, "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype),
         device=accelerator.device, attention=recipe.model.attention, revision=recipe.model.revision,
     )  # fmt: skip
+    if recipe.data.packing:
+        data.check_isolation(model)
     handles = {}
     if not recipe.train.full_finetuning or recipe.methods:
         try:
@@ -129,7 +131,7 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [f"{at}: {old!r} -> {new!r}"]
 
 
-def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, list[data.Example]]:
+def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, data.Examples]:
     """The examples of "train", "eval" and every retained set. Raises ConfigError where there is nothing to train on."""
     if tokenizer is None:
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
@@ -139,8 +141,7 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, lis
         for line in report.lines():
             console.print(line, highlight=False, markup=False)
     for name in recipe.eval.retained:
-        config = recipe.data.model_copy(update={"train": name, "eval": None, "holdout": 0.0, "train_rows": recipe.eval.retained_rows, "columns": None})
-        sets[name], _ = data.load_examples(config, tokenizer, "train")
+        sets[name], _ = data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train")
     for name in recipe.eval.retained + (["eval"] if "exact_match" in recipe.eval.metrics else []):
         if any(not example.prompt_ids for example in sets[name]):
             raise ConfigError(f"eval: exact_match needs rows with an answer, and {name} holds plain text; use the metric loss")
@@ -148,12 +149,12 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, lis
 
 
 def train(
-    recipe: Recipe, loss: TokenLoss, model: Any, optimizer: Any, sets: dict[str, list], accelerator: Accelerator, folder: Path,
+    recipe: Recipe, loss: TokenLoss, model: Any, optimizer: Any, sets: dict[str, data.Examples], accelerator: Accelerator, folder: Path,
     handles: dict[str, methods.Handle], console: Console, resume: bool,
 ) -> training.TrainStats:  # fmt: skip
     """The training stage with its rows packed or not, its progress bar and metrics.jsonl."""
-    examples = sets["train"]
-    rows = data.pack(examples, recipe.data.max_length) if recipe.data.packing else [[example] for example in examples]
+    rows = data.make_rows(sets["train"], recipe.data)
+    grouped = recipe.data.group_by_length and not recipe.data.packing
     steps = recipe.train.steps(len(rows))
     found = checkpoints(folder / "checkpoints") if resume else []
     start = int(found[-1].name.removeprefix("step-")) if found else 0
@@ -171,6 +172,7 @@ def train(
             lambda row: sum(sum(example.trained[1:]) for example in row),
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
             autocast=recipe.train.full_finetuning and resolve_dtype(recipe.model.dtype) == torch.bfloat16,
+            lengths=sets["train"].lengths.tolist() if grouped else None,
         )  # fmt: skip
 
 
@@ -184,7 +186,7 @@ def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[st
 class Scorer:
     """Evaluates before and after training, with progress and the single answers kept."""
 
-    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, loss: TokenLoss, sets: dict[str, list], console: Console, writes: bool = True):
+    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, loss: TokenLoss, sets: dict[str, Any], console: Console, writes: bool = True):
         self.recipe, self.model, self.tokenizer, self.loss, self.console, self.writes = recipe, model, tokenizer, loss, console, writes
         self.main = evaluate.EvalSet("eval", sets["eval"]) if sets["eval"] else None
         self.retained = [evaluate.EvalSet(name, sets[name]) for name in recipe.eval.retained]

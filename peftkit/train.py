@@ -17,6 +17,7 @@ from torch import nn
 
 from peftkit.checkpoint import checkpoints, load_checkpoint, restore_parameters, save_checkpoint
 from peftkit.config import Config
+from peftkit.data import DataOrder
 from peftkit.memory import peak_memory_bytes
 from peftkit.methods import Handle
 from peftkit.optim import schedule
@@ -100,25 +101,6 @@ def enable_checkpointing(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-class DataOrder:
-    """Which rows make step k: the rows are shuffled anew each epoch, from the seed alone, so any step can be asked for."""
-
-    def __init__(self, rows: int, batch_size: int, seed: int):
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self._epoch = -1
-        self._permutation: list[int] = []
-
-    def __getitem__(self, step: int) -> list[int]:
-        return [self._at(step * self.batch_size + i) for i in range(self.batch_size)]
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, self.rows)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.rows, generator=generator).tolist()
-        return self._permutation[place]
-
-
 def train(
     loss: nn.Module,
     model: nn.Module,
@@ -134,15 +116,17 @@ def train(
     on_step: Callable[[int, dict[str, float]], None],
     resume: bool = False,
     autocast: bool = False,
+    lengths: Sequence[int] | None = None,
 ) -> TrainStats:
     """Trains `model` through `loss` on `rows`; checkpoints go to `folder`, metrics of every step to `on_step`.
 
     `to_batch` makes the loss's input of rows, `length` and `supervised` count a row's tokens, padding left out. Losses are summed over the
     micro-batches and devices of a step and divided once by the step's supervised tokens, so that accumulation does not
-    change them. With `autocast` the forward runs in bfloat16 over weights of higher precision. Raises TrainingStopped on a loss or gradient that is not finite.
+    change them. With `lengths` (tokens of each row), rows of similar length share a step. With `autocast` the forward
+    runs in bfloat16 over weights of higher precision. Raises TrainingStopped on a loss or gradient that is not finite.
     """
     steps = config.steps(len(rows))
-    order = DataOrder(len(rows), config.batch_size, config.seed)
+    order = DataOrder(len(rows), config.batch_size, config.seed, lengths)
     factor = schedule(config.lr_scheduler, steps, config.warmup_ratio)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

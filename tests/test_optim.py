@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftkit as pk
+from peftkit.data import DataOrder
 from peftkit.layers import adapter_layers, trainable_parameters
 from peftkit.optim import optimizer_groups, schedule
-from peftkit.train import DataOrder
 
 
 def test_one_group_per_role():

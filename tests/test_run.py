@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 import peftkit as pk
 from peftkit.checkpoint import checkpoints
 from peftkit.config import ConfigError
-from peftkit.data import Example, collate
+from peftkit.data import DataOrder, Example, collate
 from peftkit.loss import TokenLoss
 from peftkit.optim import build_optimizer
-from peftkit.train import DataOrder, TrainConfig, TrainingStopped, enable_checkpointing, train
+from peftkit.train import TrainConfig, TrainingStopped, enable_checkpointing, train
 
 
 def recipe(folder: Path, **train_options) -> dict:

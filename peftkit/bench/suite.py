@@ -155,9 +155,11 @@ def _inputs(recipe: dict[str, Any]) -> dict[str, Any]:
     """Data files by content and model folders by the names, sizes and times of their files: a changed input is another cell."""
     data, evaluation = recipe.get("data", {}), recipe.get("eval", {})
     found: dict[str, Any] = {}
-    for name in [data.get("train"), data.get("eval"), *evaluation.get("retained", [])]:
-        if name and Path(name).is_file():
-            found[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    mixed = [part.get("source") for part in [data.get("replay") or {}, *(data.get("mix") or [])]]
+    for name in [data.get("train"), data.get("eval"), *mixed, *evaluation.get("retained", [])]:
+        for path in sorted(Path(name).rglob("*")) if name and Path(name).is_dir() else [Path(name or "")]:
+            if path.is_file():
+                found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
     model = Path(recipe.get("model", {}).get("name", "")).expanduser()
     if model.name and model.is_dir():
         found["model"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.iterdir()) if path.is_file()]

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
-from peftkit.data.render import Example
+from peftkit.data.config import DataConfig
+from peftkit.data.examples import Example, Examples, Rows
 
 IGNORED = -100  # the label that the loss leaves out
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
-    """Bins of at most `max_length` tokens by best-fit decreasing: each example goes where the least space is left.
+    """Bins of at most `max_length` tokens, as `best_fit` finds them. Raises ValueError for an example that is longer."""
+    return list(Rows(examples, best_fit([len(example.input_ids) for example in examples], max_length, lambda i: examples[i].where)))
 
-    The order of the data stays: examples within a bin, and bins by their first example. Raises ValueError for an
-    example longer than `max_length`.
+
+def make_rows(examples: Examples, config: DataConfig) -> Rows:
+    """What batches are made of: packed rows where the config says so, else each example for itself."""
+    bins = best_fit(examples.lengths.tolist(), config.max_length, lambda i: examples[i].where) if config.packing else None
+    return Rows(examples, bins)
+
+
+def best_fit(lengths: Sequence[int], max_length: int, where: Callable[[int], str]) -> list[list[int]]:
+    """Bins of indices by best-fit decreasing: the longest first, each where the least space is left.
+
+    The order of the data stays: indices within a bin, and bins by their first. Raises ValueError, naming the example by
+    `where`, for one longer than `max_length`.
     """
-    lengths = [len(example.input_ids) for example in examples]
     bins: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (free tokens, bin), sorted
-    for index in sorted(range(len(examples)), key=lambda i: -lengths[i]):
+    free: list[list[int]] = [[] for _ in range(max_length + 1)]  # heaps of the bins with that much space
+    open_spaces = 0  # bit n is set where free[n] is not empty: the least sufficient space is found without a search
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if length > max_length:
-            raise ValueError(f"{examples[index].where} has {length} tokens and cannot be packed into {max_length}")
-        place = bisect_left(spaces, (length, -1))
-        if place < len(spaces):
-            free, number = spaces.pop(place)
+            raise ValueError(f"{where(index)} has {length} tokens and cannot be packed into {max_length}")
+        fitting = open_spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            number = heappop(free[space])
+            open_spaces ^= 0 if free[space] else 1 << space
         else:
-            free, number = max_length, len(bins)
+            space, number = max_length, len(bins)
             bins.append([])
         bins[number].append(index)
-        insort(spaces, (free - length, number))
-    return [[examples[i] for i in members] for members in sorted(sorted(members) for members in bins)]
+        heappush(free[space - length], number)
+        open_spaces |= 1 << (space - length)
+    return sorted(sorted(members) for members in bins)
 
 
 def collate(bins: Sequence[Sequence[Example]], pad_token_id: int, pad_to: int | None = None) -> dict[str, Any]:

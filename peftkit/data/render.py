@@ -1,7 +1,8 @@
 """Renders rows with the chat template into token ids, and marks the tokens that are trained.
 
 The marks come from the template's own spans. A template with `{% generation %}` markers says what the assistant wrote.
-For any other, the span of an assistant turn is what the template adds when that turn follows its generation prompt.
+For any other, the span of an assistant turn is what the template adds when that turn follows its generation prompt; where it
+writes a turn otherwise once later ones follow (without its thinking, say), the span is looked for behind the turn before.
 """
 
 from __future__ import annotations
@@ -11,36 +12,23 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
 from peftkit.config import ConfigError
-from peftkit.data.read import BadRow, DataConfig, Record, Row, find_format, normalise
+from peftkit.data.config import DataConfig
+from peftkit.data.examples import Example
+from peftkit.data.formats import Row, Turn, find_format, normalise
+from peftkit.data.read import BadRow, Record
 
 if TYPE_CHECKING:
-    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
+PLACEHOLDER = "Qx7placeholder7xQ"  # stands for the content of a turn, to see where a template puts it
 CHUNK = 1000  # rows tokenised at once: enough to keep the tokenizer busy, little enough for their offsets to fit in memory
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row ready for training."""
-
-    input_ids: list[int]
-    trained: list[bool]
-    """Token i is supervised: the model learns to write it. False for the first, which nothing precedes."""
-
-    where: str
-    prompt_ids: list[int] = field(default_factory=list)
-    """What generation starts from: all before the last assistant turn and the generation prompt. Empty for text."""
-
-    answer: str = ""
-    """The last assistant turn as text, stripped: the reference for generated answers. Empty for text."""
 
 
 @dataclass
@@ -78,7 +66,7 @@ class Renderer:
         self.tokenizer, self.config = tokenizer, config
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.template))
-        self.takes_tools = bool(re.search(r"\btools\b", self.template))
+        self.takes_tools, self.takes_calls = (bool(re.search(rf"\b{name}\b", self.template)) for name in ("tools", "tool_calls"))
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("")["input_ids"][:1] == [self.bos]
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -91,7 +79,26 @@ class Renderer:
         """The rows in their order, each as an Example or with what is wrong with it."""
         return [done for start in range(0, len(rows), CHUNK) for done in self.chunk(rows[start : start + CHUNK])]
 
-    def chunk(self, rows: Sequence[Row | BadRow]) -> Iterator[Example | BadRow]:
+    def chunk(self, rows: Sequence[Row | BadRow]) -> list[Example | BadRow]:
+        """As many rows as are tokenised at once; preference pairs with both their answers."""
+        done = list(self.one_answer(rows))
+        pairs = [(i, row) for i, row in enumerate(rows) if isinstance(row, Row) and row.rejected is not None]
+        if pairs:
+            second = Renderer(self.tokenizer, self.config)  # what it counts is not of trained rows
+            others = second.one_answer([replace(row, messages=row.rejected or []) for _, row in pairs])
+            for (i, row), other in zip(pairs, others, strict=True):
+                chosen = done[i]
+                if not isinstance(chosen, Example):
+                    continue
+                self.counts["preference pairs: the chosen answer is trained, the rejected one only read; the preference objective comes later"] += 1
+                self.counts["preference pairs whose two answers are the same"] += row.messages == row.rejected
+                if isinstance(other, Example):
+                    done[i] = replace(chosen, rejected=other)
+                else:
+                    self.counts[f"preference pairs whose rejected answer cannot be used ({'too long' if other.too_long else other.reason})"] += 1
+        return done
+
+    def one_answer(self, rows: Sequence[Row | BadRow]) -> Iterator[Example | BadRow]:
         drafts = [row if isinstance(row, BadRow) else self.draft(row) for row in rows]
         good = [draft for draft in drafts if isinstance(draft, Draft)]
         texts = [draft for draft in good if not draft.ids]
@@ -116,7 +123,8 @@ class Renderer:
                 return Draft(row, row.text, [(0, len(row.text))])
             if not self.template:
                 return self.draft_plain(row)
-            return self.draft_marked(row) if self.has_markers else self.draft_by_prefix(row)
+            row = replace(row, messages=self.spoken(row.messages))
+            return self.draft_marked(row) if self.has_markers else self.draft_by_spans(row)
         except (TemplateError, TypeError) as error:
             return BadRow(row.where, f"the chat template refuses the row: {error}")
         except ValueError as error:
@@ -129,7 +137,7 @@ class Renderer:
                 f"{row.where}: rows of chat turns need a chat template, and this tokenizer has none: use the instruction-tuned form "
                 "of the model, set tokenizer.chat_template, or give the rows as prompt and completion"
             )
-        answer = row.messages[-1]["content"]
+        answer = row.messages[-1]["content"] or ""
         start = 0 if self.config.loss_on == "all" else len(row.plain_prompt)
         text = row.plain_prompt + answer
         return Draft(row, text, [(start, len(text))], row.plain_prompt, answer.strip())
@@ -145,10 +153,12 @@ class Renderer:
         expected = sum(turn - 1 not in turns for turn in turns if messages[turn]["content"])
         if self.config.loss_on != "all" and len(spans) < expected:
             raise ValueError(f"the chat template's generation markers cover {len(spans)} of {expected} assistant turns; use another template")
+        learned = self.learned(row, turns)
         if self.config.loss_on == "all":
             trained, spans = [True] * len(ids), []
-        elif self.config.loss_on == "last":
-            trained, spans = [False] * len(ids), spans[-1:]
+        elif learned != turns:
+            separate = sum(turn - 1 not in learned for turn in learned)
+            trained, spans = [False] * len(ids), spans[len(spans) - separate :]
         for start, end in spans:
             # A last character of several bytes has a token for each; transformers marks the first.
             while end < len(ids) and offsets[end] == offsets[end - 1]:
@@ -159,43 +169,119 @@ class Renderer:
             trained[start:end] = [True] * (end - start)
         last = turns[-1] if turns else 0
         prompt = self.chat(messages[:last], tools, prompt=True) if last else ""
-        return Draft(row, prompt=prompt, answer=answer_text(messages, turns), ids=ids, trained=trained)
+        if any(message["role"] not in ("user", "assistant") for message in messages):
+            self.look_for(messages, self.chat(messages, tools))
+        calls_only = spans and not messages[last]["content"]
+        written = str(self.tokenizer.decode(ids[slice(*spans[-1])])) if calls_only else ""
+        return Draft(row, prompt=prompt, answer=self.answer(messages, turns, written), ids=ids, trained=trained)
 
-    def draft_by_prefix(self, row: Row) -> Draft:
-        """The span of turn i is what `messages[:i + 1]` adds to `messages[:i]` with the generation prompt."""
+    def draft_by_spans(self, row: Row) -> Draft:
+        """The spans of the turns in the text that the template makes of all of them."""
         messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
-        text, spans, prompt = self.chat(messages, tools), [], ""
+        text, spans = self.chat(messages, tools), []
+        self.look_for(messages, text)
+        prompt = self.chat(messages[: turns[-1]], tools, prompt=True) if turns and turns[-1] else ""
         if self.config.loss_on == "all":
-            prompt = self.chat(messages[: turns[-1]], tools, prompt=True) if turns and turns[-1] else ""
-            return Draft(row, text, [(0, len(text))], prompt, answer_text(messages, turns))
-        for turn in turns if self.config.loss_on == "assistant" else turns[-1:]:
+            return Draft(row, text, [(0, len(text))], prompt, self.answer(messages, turns, ""))
+        rewritten = False
+        for turn in self.learned(row, turns):
             if turn == 0:
                 raise ValueError("the first turn is the assistant's, and only a template with {% generation %} markers can tell where it begins")
-            prompt = self.chat(messages[:turn], tools, prompt=True)
-            until = self.chat(messages[: turn + 1], tools) if turn + 1 < len(messages) else text
-            if not (until.startswith(prompt) and text.startswith(until)):
-                other = "set loss_on: last, or " if self.config.loss_on == "assistant" and len(turns) > 1 else ""
-                raise ValueError(
-                    f"turn {turn}: the chat template writes something else before the answer than before the turn is there, or changes "
-                    f"the turn once later ones follow, so its tokens cannot be told; {other}use a template with {{% generation %}} markers"
-                )
-            written = until[len(prompt) :]
-            if prompt == self.chat(messages[:turn], tools):
+            before, after = self.chat(messages[:turn], tools, prompt=True), self.chat(messages[: turn + 1], tools)
+            written = after[len(before) :] if after.startswith(before) else ""
+            if written and before == self.chat(messages[:turn], tools):
                 # The template has no generation prompt: the header of the turn is found by what follows it.
                 header = written[: max(0, written.find((messages[turn]["content"] or "").strip()))]
-                prompt, written = prompt + header, written[len(header) :]
-            # A line break after the end-of-turn token is the template's, not the model's: generation has stopped by then.
-            if written.rstrip().endswith(self.special_texts):
-                written = written.rstrip()
-            spans.append((len(prompt), len(prompt) + len(written)))
-        return Draft(row, text, spans, prompt, answer_text(messages, turns))
+                before, written = (before + header, written[len(header) :]) if header.strip() else (before, written)
+            written = self.to_its_end(written)
+            start = len(before)
+            if not text.startswith(before + written) or not written:
+                found = self.span_in_history(messages, tools, turn, text, written)
+                if found is None:
+                    other = "set loss_on: last, or " if self.config.loss_on == "assistant" and len(turns) > 1 else ""
+                    raise ValueError(
+                        f"turn {turn}: the chat template writes something else before the answer than before the turn is there, or changes the turn once "
+                        f"later ones follow, so its tokens cannot be told; {other}use a template with {{% generation %}} markers"
+                    )
+                start, shown = found
+                rewritten, written = rewritten or shown != written, shown
+            spans.append((start, start + len(written)))
+            prompt = before if turn == turns[-1] else prompt
+        self.counts["earlier answers are trained as the chat template writes them in a history, otherwise than as a last answer"] += rewritten
+        return Draft(row, text, spans, prompt, self.answer(messages, turns, text[slice(*spans[-1])] if spans else ""))
+
+    def span_in_history(self, messages: list[Turn], tools: list[Any] | None, turn: int, text: str, written: str) -> tuple[int, str] | None:
+        """(start, text) of the turn where the template writes it otherwise, once others follow, than as the last one (`written`).
+
+        It begins behind what follows the content of the turn before, which a placeholder shows, and ends with the token
+        that ends it as the last one. None where that cannot be told.
+        """
+        endings = [special for special in self.special_texts if written.endswith(special)]
+        if not endings or not (messages[turn - 1].get("content") or "").strip() or PLACEHOLDER in text:
+            return None
+        shown = [*messages[: turn - 1], messages[turn - 1] | {"content": PLACEHOLDER}, *messages[turn:]]
+        header, rest = (part.split(PLACEHOLDER) for part in (self.chat(shown[:turn], tools, prompt=True), self.chat(shown, tools)))
+        if len(header) != 2 or len(rest) != 2 or not rest[1].startswith(header[1]):
+            return None
+        behind = rest[1][len(header[1]) :]
+        end = behind.find(max(endings, key=len))
+        found = behind[: end + len(max(endings, key=len))]
+        said = [(messages[turn]["content"] or "").split("</think>")[-1].strip(), *(call["function"]["name"] for call in messages[turn].get("tool_calls", []))]
+        if end < 0 or not text.endswith(behind) or not all(part in found for part in said):
+            return None
+        return len(text) - len(behind), found
+
+    def look_for(self, messages: list[Turn], text: str) -> None:
+        """Counts turns whose content is not in the text of the row; templates skip what they do not know."""
+        for turn in messages:
+            said = (turn["content"] or "").split("</think>")[-1].strip()
+            if not any(form in text for form in (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])):
+                article = "an" if turn["role"] == "assistant" else "a"
+                self.counts[f"the chat template leaves out what {article} {turn['role']} turn says"] += 1
+
+    def to_its_end(self, written: str) -> str:
+        """Without what the template adds after the first token that ends the turn (a line break, an end of text): generation has stopped by then."""
+        found = written.rstrip()
+        if not found.endswith(self.special_texts):
+            return written
+        while True:
+            ending = max((special for special in self.special_texts if found.endswith(special)), key=len)
+            shorter = found.removesuffix(ending).rstrip()
+            if not shorter.endswith(self.special_texts):
+                return found
+            found = shorter
+
+    def learned(self, row: Row, turns: list[int]) -> list[int]:
+        """The assistant turns that are trained."""
+        own = [turn for turn in turns if turn >= row.given]
+        return own[-1:] if self.config.loss_on == "last" else own
+
+    def spoken(self, messages: list[Turn]) -> list[Turn]:
+        """Tool calls as the content of their turn, where the template does not know them."""
+        if self.takes_calls or not any(turn.get("tool_calls") for turn in messages):
+            return messages
+        self.counts["the chat template does not know tool calls: they are written as JSON"] += 1
+        return [{**turn, "content": "\n".join(filter(None, (turn["content"], call_text(turn))))} if turn.get("tool_calls") else turn for turn in messages]
+
+    def answer(self, messages: list[Turn], turns: list[int], written: str) -> str:
+        """The text of the last answer; of one that calls tools only, as the template writes it."""
+        if not turns:
+            return ""
+        if content := (messages[turns[-1]]["content"] or "").strip():
+            return str(content)
+        for special in self.special_texts:
+            written = written.replace(special, "")
+        return written.strip()
 
     def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool = False) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False))
 
     def tools(self, row: Row) -> list[Any] | None:
         """The row's tools, where the template knows what to do with them."""
-        if not self.takes_tools or not row.tools:
+        if not row.tools:
+            return None
+        if not self.takes_tools:
+            self.counts["the chat template does not write the row's tools"] += 1
             return None
         try:
             tools = json.loads(row.tools) if isinstance(row.tools, str) else row.tools
@@ -203,7 +289,9 @@ class Renderer:
             raise ValueError(f"'tools' is not JSON ({error.msg}, column {error.colno})") from error
         if not isinstance(tools, list):
             raise ValueError("'tools' must be a list of tool descriptions")
-        return tools or None
+        # Templates are written for OpenAI's shape; ShareGPT has the bare functions.
+        bare = [isinstance(tool, dict) and "name" in tool and "function" not in tool for tool in tools]
+        return [{"type": "function", "function": tool} if alone else tool for tool, alone in zip(tools, bare, strict=True)] or None
 
     # From text and spans to examples
 
@@ -227,9 +315,9 @@ class Renderer:
         if len(ids) > longest:
             if self.config.truncation == "drop":
                 return BadRow(row.where, f"{len(ids)} tokens, and max_length is {longest}", too_long=True)
-            self.truncated += 1
             if not any(trained[:longest]):
                 return BadRow(row.where, f"all {supervised} trained tokens lie beyond max_length {longest} (the row has {len(ids)})")
+            self.truncated += 1
             ids, trained = ids[:longest], trained[:longest]
         elif self.config.loss_on != "all":
             start, end = runs(trained)[-1]
@@ -240,13 +328,15 @@ class Renderer:
 
     def notes(self) -> list[str]:
         """What was seen on the way, in sentences."""
-        notes = [f"{count} rows: {what}" for what, count in self.counts.items()]
+        notes = [f"{count} rows: {what}" for what, count in self.counts.items() if count]
         for ending, count in self.endings.most_common():
             if ending is None:
                 notes.append(f"{count} rows end with no special token: what is trained on them may not learn to stop")
             elif ending != self.eos:
                 names = [repr(token and self.tokenizer.convert_ids_to_tokens(token)) for token in (ending, self.eos)]
                 notes.append(f"{count} rows end with {names[0]}, which is trained; the tokenizer's eos is {names[1]}: generation must stop at both")
+        if "strftime_now" in self.template:
+            notes.append("the chat template writes today's date into the rows: those of another day, or of a run resumed then, may differ")
         if self.eos is not None and self.eos == self.tokenizer.pad_token_id:
             notes.append("pad is the same token as eos; eos is trained all the same, because padding is told by its place, not by its id")
         return notes
@@ -266,8 +356,9 @@ def answers(messages: list[dict[str, Any]]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def answer_text(messages: list[dict[str, Any]], turns: list[int]) -> str:
-    return (messages[turns[-1]]["content"] or "").strip() if turns else ""
+def call_text(turn: Turn) -> str:
+    """The tool calls of a turn as JSON, one a line."""
+    return "\n".join(json.dumps({key: call["function"].get(key) for key in ("name", "arguments")}, ensure_ascii=False) for call in turn["tool_calls"])
 
 
 def mark(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
@@ -289,28 +380,3 @@ def runs(trained: list[bool]) -> list[tuple[int, int]]:
             found.append((start, end))
         start = end
     return found
-
-
-# Rows to look at
-
-
-def pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
-    """(text, trained) of each stretch. Decoded from the start each time: alone, a stretch may lose its first space."""
-    done, start = "", 0
-    for trained, group in groupby(example.trained):
-        start += len(list(group))
-        text = str(tokenizer.decode(example.input_ids[:start], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        yield text[len(done) :], trained
-        done = text
-
-
-def colour_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The row's text for a terminal: trained tokens green, all else dim, special tokens written out."""
-    from rich.text import Text
-
-    return Text.assemble(*((text, "bold green" if trained else "dim") for text, trained in pieces(example, tokenizer)))
-
-
-def marked_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row's text for a log: what is trained stands in `[[` and `]]`."""
-    return "".join(f"[[{text}]]" if trained else text for text, trained in pieces(example, tokenizer))

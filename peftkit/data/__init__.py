@@ -10,6 +10,7 @@ from statistics import quantiles
 from typing import TYPE_CHECKING, Literal
 
 from peftkit.config import ConfigError
+from peftkit.data.choices import Question, load_choices
 from peftkit.data.pack import collate, pack
 from peftkit.data.read import BadRow, DataConfig, HubError, check_file, find_format, local_file, normalise, read_rows
 from peftkit.data.render import Example, Renderer, colour_row, marked_row, render, render_text
@@ -23,8 +24,10 @@ __all__ = [
     "DataReport",
     "Example",
     "HubError",
+    "Question",
     "collate",
     "colour_row",
+    "load_choices",
     "load_examples",
     "marked_row",
     "pack",

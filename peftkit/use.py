@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jinja2.exceptions import TemplateError
 from rich.console import Console
 
 from peftkit import evaluate
@@ -70,23 +72,38 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
         raise ConfigError("the base has no tokenizer, so it cannot read a prompt")
     if tokenizer.chat_template is None:
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return template_ids([{"role": "user", "content": prompt}], tokenizer)
+
+
+def template_ids(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """The conversation through the chat template, up to where the assistant's answer begins. Raises ConfigError where the template refuses it."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ConfigError(f"the chat template refuses this conversation ({', '.join(turn['role'] for turn in messages)}): {error}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def answers(prompt: str, adapter: str | None, model: str | None, quantize: str | None, max_new_tokens: int) -> dict[str, str]:
-    """The greedy answer of the base and, where there is an adapter, with it."""
+def answers(
+    prompt: str, adapter: str | None, model: str | None, quantize: str | None, max_new_tokens: int, write: Callable[[str], None] | None = None
+) -> dict[str, str]:  # fmt: skip
+    """The greedy answer of the base and, where there is an adapter, with it. `write` gets the texts as they are made."""
     origin = find_origin(adapter, model, quantize)
     adapted, tokenizer = load_adapted(origin)
     ids = prompt_ids(prompt, tokenizer)
 
-    def answer() -> str:
-        return evaluate.generate_answers(adapted, tokenizer, [ids], max_new_tokens, 1)[0]
+    def answer(who: str) -> str:
+        if write is None:
+            return evaluate.generate_answers(adapted, tokenizer, [ids], max_new_tokens, 1)[0]
+        write(f"{who}: ")
+        text = evaluate.stream_answer(adapted, tokenizer, ids, max_new_tokens, write)
+        write("\n")
+        return text
 
     with adapters_disabled(adapted):
-        found = {"base": answer()}
+        found = {"base": answer("base")}
     if origin.adapter is not None:
-        found["with adapter"] = answer()
+        found["with adapter"] = answer("with adapter")
     return found
 
 

@@ -1,7 +1,9 @@
-"""peftkit eval, generate, merge: what one does with a trained adapter."""
+"""peftkit eval, generate, chat, merge: what one does with a trained adapter."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -26,7 +28,8 @@ def evaluate(recipe: Annotated[str, typer.Argument(help="A recipe or a run folde
 
 def generate(prompt: Annotated[str, typer.Argument(help="The user's message (or the start of a text, for a base without chat template).")],
              adapter: Adapter = None, model: Model = None, quantize: Quantize = None,
-             max_new_tokens: Annotated[int, typer.Option(min=1)] = 128) -> None:  # fmt: skip
+             max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+             stream: Annotated[bool, typer.Option("--stream", help="Show the words as they come.")] = False) -> None:  # fmt: skip
     """Answer a prompt, with the adapter and without it."""
     from rich.text import Text
 
@@ -34,9 +37,48 @@ def generate(prompt: Annotated[str, typer.Argument(help="The user's message (or 
     from peftkit.use import answers
 
     quiet_libraries()
+    if stream:
+        answers(prompt, adapter, model, quantize, max_new_tokens, _write)
+        return
     console = stdout()
     for who, answer in answers(prompt, adapter, model, quantize, max_new_tokens).items():
         console.print(Text(f"{who}:", style="bold"), Text(answer), soft_wrap=True)
+
+
+def chat(adapter: Adapter = None, model: Model = None, quantize: Quantize = None,
+         max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+         temperature: Annotated[float, typer.Option(min=0, max=5, help="0 takes the likeliest token; above, answers are drawn.")] = 0.0,
+         seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0) -> None:  # fmt: skip
+    """Talk to a model, with its adapter, without it (/adapter off) or both side by side (/adapter both). Reads lines where there is no terminal."""
+    import torch
+
+    from peftkit.chat import Chat
+    from peftkit.cli.common import quiet_libraries
+    from peftkit.use import find_origin, load_adapted
+
+    quiet_libraries()
+    origin = find_origin(adapter, model, quantize)
+    adapted, tokenizer = load_adapted(origin)
+    torch.manual_seed(seed)
+    talk = Chat(adapted, tokenizer, origin.adapter is not None, _write, max_new_tokens, temperature)
+    talk.hello()
+    talk.lines(_typed() if sys.stdin.isatty() else sys.stdin)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _typed() -> Iterator[str]:
+    """Lines as a person types them, until the end of the input; Ctrl-C at the prompt takes the line back."""
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
 
 
 def merge(adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Run folders or adapter folders.")],

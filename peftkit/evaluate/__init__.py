@@ -4,9 +4,10 @@ from peftkit.evaluate.choice import ChoiceRow, Picked, pick
 from peftkit.evaluate.exact_match import Prediction, exact_match, final_number, generate_answers, generation_config
 from peftkit.evaluate.loss import mean_loss
 from peftkit.evaluate.scores import GENERATING, EvalConfig, EvalSet, Scores, evaluate, steps
+from peftkit.evaluate.stream import stream_answer
 from peftkit.evaluate.text import check_installed
 
 __all__ = [
     "GENERATING", "ChoiceRow", "EvalConfig", "EvalSet", "Picked", "Prediction", "Scores", "check_installed", "evaluate", "exact_match", "final_number",
-    "generate_answers", "generation_config", "mean_loss", "pick", "steps",
+    "generate_answers", "generation_config", "mean_loss", "pick", "steps", "stream_answer",
 ]  # fmt: skip

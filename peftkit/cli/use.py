@@ -15,14 +15,34 @@ Quantize = Annotated[str | None, typer.Option("--quantize", help="nf4, fp4, int8
 
 def evaluate(recipe: Annotated[str, typer.Argument(help="A recipe or a run folder.")],
              overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-             adapter: Adapter = None) -> None:  # fmt: skip
+             adapter: Adapter = None,
+             tasks: Annotated[str | None, typer.Option(rich_help_panel="lm-evaluation-harness", help="Its tasks instead of the recipe's metrics: "
+                                                       "arc_easy,hellaswag.")] = None,
+             limit: Annotated[int | None, typer.Option(rich_help_panel="lm-evaluation-harness", min=1, help="Examples of each task.")] = None,
+             few_shot: Annotated[int | None, typer.Option(rich_help_panel="lm-evaluation-harness", min=0, help="Examples in the prompt.")] = None,
+             chat_template: Annotated[bool, typer.Option("--chat-template", rich_help_panel="lm-evaluation-harness",
+                                                         help="Prompts go through the chat template.")] = False,
+             task_folder: Annotated[str | None, typer.Option(rich_help_panel="lm-evaluation-harness", help="Of further tasks, as YAML files.")] = None,
+             json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False) -> None:  # fmt: skip
     """Score a run's adapter, another adapter, or (--adapter none) the base, on the recipe's evaluation data."""
+    import json
+
     from peftkit.cli.common import quiet_libraries, stderr, stdout
+    from peftkit.config import ConfigError
     from peftkit.console import table
-    from peftkit.use import score
+    from peftkit.use import score, score_tasks
 
     quiet_libraries()
-    values = score(recipe, overrides or [], adapter, stderr())
+    if tasks is None and (limit is not None or few_shot is not None or chat_template or task_folder is not None):
+        raise ConfigError("--limit, --few-shot, --chat-template and --task-folder belong to --tasks")
+    if tasks is None:
+        values = score(recipe, overrides or [], adapter, stderr())
+    else:
+        values = score_tasks(recipe, overrides or [], adapter, tasks=tasks.split(","), limit=limit, few_shot=few_shot, chat_template=chat_template,
+                             folder=task_folder)  # fmt: skip
+    if json_:
+        print(json.dumps(values))
+        return
     stdout().print(table(f"{adapter or recipe}", ["", "score"], [[name, value] for name, value in values.items() if name != "retained"]))
 
 
@@ -84,8 +104,11 @@ def _typed() -> Iterator[str]:
 def merge(adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Run folders or adapter folders.")],
           output: Annotated[str | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
           model: Model = None, quantize: Quantize = None,
-          onto: Annotated[str | None, typer.Option(help="trained (the default: the weights it was trained on, dequantised) or original "
-                                                        "(the unquantised weights).")] = None,
+          onto: Annotated[str | None, typer.Option(help="trained (the default: the weights it was trained on, dequantised), original "
+                                                        "(the unquantised weights) or requantised (loses most of the update; says how much).")] = None,
+          max_kl: Annotated[float | None, typer.Option(min=0, help="Fails where the mean KL divergence from the adapted model is above this many nats; "
+                                                                   "by default 0.01.")] = None,
+          dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what the run used.")] = None,
           weights: Annotated[str | None, typer.Option(rich_help_panel="Averaging", help="One number each: 0.5,0.3,0.2 or 1,-1; by default 1/n.")] = None,
           rank: Annotated[int | None, typer.Option(rich_help_panel="Averaging", min=1, help="Of the result; by default the sum of the ranks.")] = None,
           method: Annotated[str | None, typer.Option(rich_help_panel="Averaging", help="linear (the default), ties or dare.")] = None,
@@ -101,7 +124,8 @@ def merge(adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help=
     """
     from peftkit.cli.common import quiet_libraries, stderr, stdout
     from peftkit.config import ConfigError
-    from peftkit.use import average_to, merge_to
+    from peftkit.fold import MAX_KL, fold
+    from peftkit.use import average_to
 
     options = {"weights": weights, "rank": rank, "method": method, "density": density, "seed": seed}
     averaging = {name: value for name, value in options.items() if value is not None}
@@ -110,9 +134,13 @@ def merge(adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help=
     if output is None:
         raise ConfigError("no folder to write: give --output FOLDER")
     average = len(adapters) > 1 or bool(averaging)
-    for name, value in {"--model": model, "--quantize": quantize, "--onto": onto}.items():
+    for name, value in {"--model": model, "--quantize": quantize, "--onto": onto, "--max-kl": max_kl, "--dtype": dtype}.items():
         if average and value is not None:
             raise ConfigError(f"{name} belongs to merging one adapter into its base; averaging needs no base")
     quiet_libraries()
-    done = average_to(adapters, output, averaging, stderr()) if average else merge_to(adapters[0], output, model, quantize, onto or "trained")
+    done = (
+        average_to(adapters, output, averaging, stderr())
+        if average
+        else fold(adapters[0], output, model, quantize, onto or "trained", MAX_KL if max_kl is None else max_kl, dtype)
+    )
     stdout().print(f"{done}\n{'averaged adapter' if average else 'merged model'}: {output}", highlight=False, soft_wrap=True)

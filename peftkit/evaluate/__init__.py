@@ -2,6 +2,7 @@
 
 from peftkit.evaluate.choice import ChoiceRow, Picked, pick
 from peftkit.evaluate.exact_match import Prediction, exact_match, final_number, generate_answers, generation_config
+from peftkit.evaluate.harness import harness_scores
 from peftkit.evaluate.loss import mean_loss
 from peftkit.evaluate.scores import GENERATING, EvalConfig, EvalSet, Scores, evaluate, steps
 from peftkit.evaluate.stream import stream_answer
@@ -9,5 +10,5 @@ from peftkit.evaluate.text import check_installed
 
 __all__ = [
     "GENERATING", "ChoiceRow", "EvalConfig", "EvalSet", "Picked", "Prediction", "Scores", "check_installed", "evaluate", "exact_match", "final_number",
-    "generate_answers", "generation_config", "mean_loss", "pick", "steps", "stream_answer",
+    "generate_answers", "generation_config", "harness_scores", "mean_loss", "pick", "steps", "stream_answer",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""peftkit eval, generate, chat, merge: what one does with a trained adapter."""
+"""peftkit eval, generate, chat, merge, export: what one does with a trained adapter."""
 
 from __future__ import annotations
 
@@ -144,3 +144,27 @@ def merge(adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help=
         else fold(adapters[0], output, model, quantize, onto or "trained", MAX_KL if max_kl is None else max_kl, dtype)
     )
     stdout().print(f"{done}\n{'averaged adapter' if average else 'merged model'}: {output}", highlight=False, soft_wrap=True)
+
+
+def export(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run folder or an adapter folder.")],
+           output: Annotated[str | None, typer.Argument(metavar="[FOLDER]", help="The folder to write; without it, only tell what servers take.")] = None,
+           for_: Annotated[str | None, typer.Option("--for", help="peft, vllm, sglang, tgi or llama.cpp.")] = None,
+           form: Annotated[str, typer.Option(help="auto, adapter (as it is), plain (LoRA of one rank, the same update), merged, or approximation "
+                                                  "(of DoRA by plain LoRA, its error printed).")] = "auto",
+           rank: Annotated[int | None, typer.Option(min=1, help="Of an approximation; by default twice the adapter's.")] = None,
+           model: Model = None, quantize: Quantize = None,
+           dtype: Annotated[str | None, typer.Option(help="Of a merged model; by default what the run used.")] = None) -> None:  # fmt: skip
+    """Say which servers take an adapter as it is, and why others do not; write it in the form that one of them takes."""
+    from peftkit.cli.common import quiet_libraries, stdout
+    from peftkit.config import ConfigError
+    from peftkit.console import table
+    from peftkit.export import export as export_to
+    from peftkit.export import servers_for
+
+    quiet_libraries()
+    if (output is None) != (for_ is None):
+        raise ConfigError("give both a FOLDER and --for SERVER to write, or none of them to see what servers take")
+    if output is None or for_ is None:
+        stdout().print(table(adapter, ["server", "takes", "because"], [list(row) for row in servers_for(adapter)]))
+        return
+    stdout().print(str(export_to(adapter, output, for_, form, rank, model, quantize, dtype)), highlight=False, markup=False, soft_wrap=True)

@@ -237,5 +237,5 @@ def save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> dict[str, 
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     else:
-        target = save_adapter(model, folder / "adapter")
+        target = save_adapter(model, folder / "adapter", tokenizer=tokenizer, recipe=recipe.model_dump())
     return {"trainable_parameters": trained, "bytes": sum(f.stat().st_size for f in target.glob("*.safetensors")), "modules": modules}

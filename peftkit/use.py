@@ -10,7 +10,7 @@ from jinja2.exceptions import TemplateError
 from rich.console import Console
 
 from peftkit import evaluate
-from peftkit.adapter_file import CONFIG_FILE, read_json
+from peftkit.adapter_file import CARD_FILE, CONFIG_FILE, read_json
 from peftkit.average import AverageReport, average
 from peftkit.checkpoint import load_adapter
 from peftkit.config import ConfigError, read_yaml, suggest, validate
@@ -19,6 +19,8 @@ from peftkit.methods import adapters_disabled
 from peftkit.model import load
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.run import Scorer, load_sets
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
 class Origin(NamedTuple):
@@ -48,10 +50,15 @@ def find_origin(adapter: str | None, model: str | None = None, quantize: str | N
         if not (folder / CONFIG_FILE).exists():
             raise ConfigError(f"--adapter: {folder} holds no {CONFIG_FILE}: it is neither a run folder with an adapter nor an adapter folder")
         found = found or read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+        if not (run_folder / "recipe.yaml").exists() and (folder / CARD_FILE).exists():  # an adapter that was taken out of its run
+            card = read_json(folder / CARD_FILE)
+            kind, revision = (card.get("stored") or {}).get("quantization"), None if model else card.get("revision")
+            stored = kind if kind in QUANTIZATIONS else None
+            dtype = ((card.get("recipe") or {}).get("model") or {}).get("dtype", "auto")
     if found is None:
         raise ConfigError("neither --adapter nor --model says which base is meant")
-    if quantize not in (None, "none", "nf4", "fp4", "int8"):
-        raise ConfigError(f"--quantize: unknown {quantize!r}{suggest(str(quantize), ('nf4', 'fp4', 'int8', 'none'))} (there are: nf4, fp4, int8, none)")
+    if quantize not in (None, "none", *QUANTIZATIONS):
+        raise ConfigError(f"--quantize: unknown {quantize!r}{suggest(str(quantize), (*QUANTIZATIONS, 'none'))} (there are: nf4, fp4, int8, none)")
     return Origin(folder, found, None if quantize == "none" else quantize or stored, dtype, revision)
 
 
@@ -59,7 +66,7 @@ def load_adapted(origin: Origin, another_base: bool = False) -> tuple[Any, Any]:
     """(model in eval mode with its adapter, tokenizer). another_base: see `load_adapter`."""
     model, tokenizer = load(origin.model, origin.quantize, origin.dtype, revision=origin.revision)  # type: ignore[arg-type]
     if origin.adapter is not None:
-        load_adapter(model, origin.adapter, another_base=another_base)
+        load_adapter(model, origin.adapter, another_base=another_base, tokenizer=tokenizer)
     return model.eval(), tokenizer
 
 

@@ -23,12 +23,12 @@ LEVELS = [
     ["recipe", "result"],
     ["train", "evaluate", "average"],  # the loop saves checkpoints, follows a schedule and measures memory; averaging reads and writes adapters
     ["data", "model", "optim", "loss", "checkpoint", "merge", "adopt", "memory", "builtin.tasks"],
-    ["adapter_file"],  # the format, which `checkpoint` writes and loads into models
+    ["adapter_file", "provenance"],  # the format, which `checkpoint` writes and loads into models
     ["builtin"],  # the words and families of the embedded tasks
     ["methods"],
     ["layers"],
     ["kernels", "quant", "console"],
-    ["config"],
+    ["config", "versions"],
 ]
 LEVEL = {unit: depth for depth, units in enumerate(LEVELS) for unit in units}
 # `data` reads the embedded tasks; otherwise no stage imports another of its line.

@@ -106,6 +106,8 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
         attach(model, method, adapter)
     try:
         wanted = _wanted(model, file, adapter)
+        if not another_base:
+            _check_other_weights(model, file)
         if attached is not None:
             _check_same(file, method, attached)
             _check_tokens(model, file, adapter)

@@ -155,6 +155,8 @@ def export(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run
            model: Model = None, quantize: Quantize = None,
            dtype: Annotated[str | None, typer.Option(help="Of a merged model; by default what the run used.")] = None) -> None:  # fmt: skip
     """Say which servers take an adapter as it is, and why others do not; write it in the form that one of them takes."""
+    from rich.markup import escape
+
     from peftkit.cli.common import quiet_libraries, stdout
     from peftkit.config import ConfigError
     from peftkit.console import table
@@ -165,6 +167,6 @@ def export(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run
     if (output is None) != (for_ is None):
         raise ConfigError("give both a FOLDER and --for SERVER to write, or none of them to see what servers take")
     if output is None or for_ is None:
-        stdout().print(table(adapter, ["server", "takes", "because"], [list(row) for row in servers_for(adapter)]))
+        stdout().print(table(adapter, ["server", "takes", "because"], [[escape(cell) for cell in row] for row in servers_for(adapter)]))
         return
     stdout().print(str(export_to(adapter, output, for_, form, rank, model, quantize, dtype)), highlight=False, markup=False, soft_wrap=True)

@@ -23,6 +23,8 @@ from peftkit.config import suggest
 from peftkit.layers import ADAPTER, TrainedTokens, adapter_layers, by_file_key, candidates, file_tensors, find_rows, from_file_modules
 from peftkit.methods import LoRA, attach, attachment, delete_adapter, find_attachment, to_recipe
 from peftkit.methods.base import Method
+from peftkit.provenance import base_record, mismatches, other_weights, template_hash
+from peftkit.versions import versions
 
 __all__ = [
     "ADAPTER_FILE", "CARD_FILE", "CONFIG_FILE", "PREFIX", "CheckpointError", "adapter_state", "checkpoints", "load_adapter", "load_checkpoint",
@@ -38,10 +40,13 @@ def adapter_state(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Tensor]
     return {f"{PREFIX}{key}": tensor.cpu() for key, tensor in file_tensors(model, adapter).items()}
 
 
-def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | Path, adapter: str | None = None, tokenizer: Any = None, recipe: dict[str, Any] | None = None
+) -> Path:  # fmt: skip
     """Writes an adapter as peft does (`PeftModel.from_pretrained` reads it), reads it back and compares.
 
-    adapter: its name; by default the active one. Raises ValueError where the model has no adapter layers, where several
+    adapter: its name; by default the active one. tokenizer, recipe: what it was trained with, for its card (peftkit.json),
+    against which `load_adapter` compares. Raises ValueError where the model has no adapter layers, where several
     adapters could be meant, or where the weights are not finite; CheckpointError where the file read back differs.
     """
     folder = Path(folder)
@@ -65,7 +70,9 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str | None = Non
     wrong = [key for key, tensor in state.items() if key not in written or not torch.equal(written[key], tensor)]
     if wrong or written.keys() != state.keys():
         raise CheckpointError(f"{folder / ADAPTER_FILE} does not hold what was saved: {len(wrong)} tensors differ, such as {wrong[:1]}")
-    card = {"methods": to_recipe(record.by_adapter[adapter]), **identity(model), "sha256": checksum(folder / ADAPTER_FILE)}
+    card = {"methods": to_recipe(record.by_adapter[adapter]), **identity(model), "stored": base_record(model), "versions": versions()}
+    card |= ({} if tokenizer is None else {"template": template_hash(tokenizer)}) | ({} if recipe is None else {"recipe": recipe})
+    card["sha256"] = checksum(folder / ADAPTER_FILE)
     (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
     return folder
 
@@ -78,11 +85,12 @@ def _meant(model: nn.Module, adapters: list[str]) -> str:
     return chosen[0] if len(chosen) == 1 else adapters[0]
 
 
-def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, another_base: bool = False) -> nn.Module:
+def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, another_base: bool = False, tokenizer: Any = None) -> nn.Module:
     """Attaches the adapter in `folder` (ours or peft's) to `model` under the name `adapter`, or fills the one of that name.
 
     A model that has adapters gets it beside them; it rests until `set_adapter` chooses it. another_base: load it although
-    the weights of the base are not those it was trained on.
+    the weights of the base are not those it was trained on. tokenizer: the one that will be used with it, to compare its chat
+    template with the one of the training. What is not as it was in training, the base's quantisation included, is a warning.
 
     All of it or nothing: raises CheckpointError where the files are damaged or do not fit, naming keys that are missing,
     unexpected or of another shape, and ConfigError where the folder is no adapter or uses what peftkit does not have.
@@ -90,6 +98,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
     file = read_folder(Path(folder))
     if not another_base:
         _check_base(model, file)
+    differing = [] if another_base else mismatches(model, file.card, tokenizer)
     record = find_attachment(model)
     attached = record.by_adapter.get(adapter) if record is not None else None
     method = file.method(_low_rank(model, file), _whole(file.config, file.state))
@@ -97,6 +106,8 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
         attach(model, method, adapter)
     try:
         wanted = _wanted(model, file, adapter)
+        if not another_base:
+            _check_other_weights(model, file)
         if attached is not None:
             _check_same(file, method, attached)
             _check_tokens(model, file, adapter)
@@ -108,6 +119,8 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
         for key, parameter in wanted.items():
             if key in file.state:
                 parameter.copy_(file.state[key])
+    for difference in differing:
+        warnings.warn(f"{file.folder}: {difference}", stacklevel=2)
     return model
 
 
@@ -126,6 +139,20 @@ def _check_base(model: nn.Module, file: AdapterFile) -> None:
     hub = told and here and not Path(told).exists() and not Path(here).exists()
     if hub and "weights" not in file.card and told != here:
         warnings.warn(f"{file.folder} was trained on {told}, and this model is {here}; its shapes fit, which does not make it the same base", stacklevel=3)
+
+
+def _check_other_weights(model: nn.Module, file: AdapterFile) -> None:
+    here, told = getattr(model, "name_or_path", None), file.card.get("base")
+    if other_weights(model, file.card):
+        raise CheckpointError(
+            f"{file.folder} was trained on other weights than those of this {type(model).__name__}: the embedding is the same, and a hash over the "
+            f"other weights is not ({told or 'unnamed'}{_revision(file)} there, {here or 'unnamed'} here). The base may have been finetuned or merged "
+            "since. Load it as it was, or give another_base=True"
+        )
+
+
+def _revision(file: AdapterFile) -> str:
+    return f" at {file.card['revision']}" if file.card.get("revision") else ""
 
 
 def _low_rank(model: nn.Module, file: AdapterFile) -> list[str]:

@@ -37,6 +37,9 @@ class TokenLoss(nn.Module):
         """
         if self.gathers is None:
             self.gathers = self._gathering_is_exact(labels, inputs)
+        if not self.gathers and not torch.is_grad_enabled():
+            losses, tokens = self.by_row(labels, **inputs)
+            return losses.sum(), tokens.sum()
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (rows, tokens): what position i predicts
         chosen = targets != IGNORE
         targets = targets[chosen]  # (supervised,)
@@ -51,11 +54,34 @@ class TokenLoss(nn.Module):
             total = total + (checkpoint(self._chunk, *part, use_reentrant=False) if len(hidden) > CHUNK and torch.is_grad_enabled() else self._chunk(*part))
         return total, chosen.sum()
 
+    @torch.no_grad()
+    def by_row(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """(loss sum (rows,) in fp32, supervised tokens (rows,)), for evaluation, of the arguments of `forward`.
+
+        A model whose logits are not its head's output runs row by row: of them, those of one row exist at one time.
+        """
+        if self.gathers is None:
+            self.gathers = self._gathering_is_exact(labels, inputs)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (rows, tokens)
+        chosen = targets != IGNORE
+        losses = torch.zeros(len(labels), device=labels.device)
+        if not self.gathers:
+            for i in range(len(labels)):
+                row = {key: value[i : i + 1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+                logits = self.model(**row, use_cache=False).logits[chosen[i : i + 1]]
+                losses[i] = F.cross_entropy(logits.float(), targets[i][chosen[i]], reduction="sum")
+            return losses, chosen.sum(1)
+        hidden, wanted, rows = self._hidden(inputs)[chosen], targets[chosen], chosen.nonzero()[:, 0]
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            losses.index_add_(0, rows[part], self._chunk(hidden[part], wanted[part], "none"))
+        return losses, chosen.sum(1)
+
     def _hidden(self, inputs: dict[str, Any]) -> Tensor:
         return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (rows, tokens, dim)
 
-    def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.model.get_output_embeddings()(hidden).float(), targets, reduction="sum")
+    def _chunk(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        return F.cross_entropy(self.model.get_output_embeddings()(hidden).float(), targets, reduction=reduction)
 
     @torch.no_grad()
     def _gathering_is_exact(self, labels: Tensor, inputs: dict[str, Any]) -> bool:

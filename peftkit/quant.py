@@ -116,6 +116,13 @@ def protect(model: nn.Module) -> int:
     return len(found)
 
 
+def repacks_on_cpu() -> bool:
+    """Whether bitsandbytes would rewrite 4-bit weights in evaluation on this CPU, which `protect` prevents."""
+    from bitsandbytes import functional
+
+    return bool(functional.has_avx512bf16())
+
+
 def _unpack(module: Any) -> None:
     """Undoes bitsandbytes' CPU packing: rows in blocks of 32, nibbles of row i and i + 16 pairs in one byte."""
     state, packed = module.weight.quant_state, module.weight.data

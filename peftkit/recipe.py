@@ -10,7 +10,7 @@ from pydantic import Field
 
 from peftkit.config import Config, ConfigError, Source, apply_overrides, dump_yaml, read_yaml, validate
 from peftkit.data import DataConfig
-from peftkit.evaluate import EvalConfig
+from peftkit.evaluate import EvalConfig, check_installed
 from peftkit.methods import Method, from_recipe, to_recipe
 from peftkit.model import ModelConfig, locate
 from peftkit.quant import Quantization
@@ -88,8 +88,13 @@ def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
 
         if not torch.cuda.is_available():
             raise wrong(("train", "optimizer"), "paged_adamw_8bit needs a GPU; use adamw here")
-    if "exact_match" in recipe.eval.metrics and not (recipe.data.eval or recipe.data.holdout):
-        raise wrong(("eval", "metrics"), "exact_match needs an evaluation set: give data.eval or data.holdout")
+    needy = [metric for metric in recipe.eval.metrics if metric not in ("loss", "perplexity")]
+    if needy and not (recipe.data.eval or recipe.data.holdout):
+        raise wrong(("eval", "metrics"), f"{needy[0]} needs an evaluation set: give data.eval or data.holdout")
+    try:
+        check_installed(recipe.eval.metrics)
+    except ConfigError as error:
+        raise ConfigError(f"{source.where(('eval', 'metrics'))}: {error}") from error
     locate(recipe.model.name)
 
 

@@ -6,15 +6,14 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import peftkit
+from peftkit.versions import versions
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+__all__ = ["MetricsLog", "Result", "machine", "plot_loss", "versions", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,6 @@ class Result:
         found = asdict(self)
         del found["output_dir"]
         return found
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what a result depends on."""
-    found = {"python": platform.python_version(), "peftkit": peftkit.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def machine() -> dict[str, Any]:

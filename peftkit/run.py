@@ -131,20 +131,29 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [f"{at}: {old!r} -> {new!r}"]
 
 
-def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, data.Examples]:
-    """The examples of "train", "eval" and every retained set. Raises ConfigError where there is nothing to train on."""
+def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any]:
+    """The examples of "train", "eval" and every retained set, and the questions of "choices" where they are asked for.
+
+    Raises ConfigError where there is nothing to train on.
+    """
     if tokenizer is None:
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
-    sets = {}
+    sets: dict[str, Any] = {}
     for split in ("train", "eval"):
         sets[split], report = data.load_examples(recipe.data, tokenizer, split)
         for line in report.lines():
             console.print(line, highlight=False, markup=False)
     for name in recipe.eval.retained:
         sets[name], _ = data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train")
-    for name in recipe.eval.retained + (["eval"] if "exact_match" in recipe.eval.metrics else []):
+    generating = [metric for metric in recipe.eval.metrics if metric in evaluate.GENERATING]
+    for name in recipe.eval.retained + (["eval"] if generating else []):
         if any(not example.prompt_ids for example in sets[name]):
-            raise ConfigError(f"eval: exact_match needs rows with an answer, and {name} holds plain text; use the metric loss")
+            raise ConfigError(f"eval: {', '.join(generating) or 'exact_match'} needs rows with an answer, and {name} holds plain text; use the metric loss")
+    if "choice_accuracy" in recipe.eval.metrics:
+        questions, notes = data.load_choices(recipe.data, tokenizer, recipe.eval.choices)
+        sets["choices"] = [evaluate.ChoiceRow(q.where, q.candidates, q.correct) for q in questions]
+        for line in notes:
+            console.print(line, highlight=False, markup=False)
     return sets
 
 
@@ -188,7 +197,7 @@ class Scorer:
 
     def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, loss: TokenLoss, sets: dict[str, Any], console: Console, writes: bool = True):
         self.recipe, self.model, self.tokenizer, self.loss, self.console, self.writes = recipe, model, tokenizer, loss, console, writes
-        self.main = evaluate.EvalSet("eval", sets["eval"]) if sets["eval"] else None
+        self.main = evaluate.EvalSet("eval", sets["eval"], sets.get("choices", ())) if sets["eval"] else None
         self.retained = [evaluate.EvalSet(name, sets[name]) for name in recipe.eval.retained]
 
     def before(self, folder: Path, resume: bool) -> dict[str, Any]:
@@ -230,5 +239,5 @@ def save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> dict[str, 
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     else:
-        target = save_adapter(model, folder / "adapter")
+        target = save_adapter(model, folder / "adapter", tokenizer=tokenizer, recipe=recipe.model_dump())
     return {"trainable_parameters": trained, "bytes": sum(f.stat().st_size for f in target.glob("*.safetensors")), "modules": modules}

@@ -1,25 +1,26 @@
-"""What one does with trained adapters: answer, score, merge, average. The adapter's run folder says what base it belongs to."""
+"""What one does with trained adapters: answer, score, average. The adapter's run folder says what base it belongs to."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from jinja2.exceptions import TemplateError
 from rich.console import Console
 
 from peftkit import evaluate
-from peftkit.adapter_file import CONFIG_FILE, read_json
+from peftkit.adapter_file import CARD_FILE, CONFIG_FILE, read_json
 from peftkit.average import AverageReport, average
 from peftkit.checkpoint import load_adapter
 from peftkit.config import ConfigError, read_yaml, suggest, validate
-from peftkit.layers import adapter_layers
 from peftkit.loss import TokenLoss
-from peftkit.merge import MergeCheck, merge_verified
 from peftkit.methods import adapters_disabled
 from peftkit.model import load
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.run import Scorer, load_sets
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
 class Origin(NamedTuple):
@@ -49,18 +50,23 @@ def find_origin(adapter: str | None, model: str | None = None, quantize: str | N
         if not (folder / CONFIG_FILE).exists():
             raise ConfigError(f"--adapter: {folder} holds no {CONFIG_FILE}: it is neither a run folder with an adapter nor an adapter folder")
         found = found or read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+        if not (run_folder / "recipe.yaml").exists() and (folder / CARD_FILE).exists():  # an adapter that was taken out of its run
+            card = read_json(folder / CARD_FILE)
+            kind, revision = (card.get("stored") or {}).get("quantization"), None if model else card.get("revision")
+            stored = kind if kind in QUANTIZATIONS else None
+            dtype = ((card.get("recipe") or {}).get("model") or {}).get("dtype", "auto")
     if found is None:
         raise ConfigError("neither --adapter nor --model says which base is meant")
-    if quantize not in (None, "none", "nf4", "fp4", "int8"):
-        raise ConfigError(f"--quantize: unknown {quantize!r}{suggest(str(quantize), ('nf4', 'fp4', 'int8', 'none'))} (there are: nf4, fp4, int8, none)")
+    if quantize not in (None, "none", *QUANTIZATIONS):
+        raise ConfigError(f"--quantize: unknown {quantize!r}{suggest(str(quantize), (*QUANTIZATIONS, 'none'))} (there are: nf4, fp4, int8, none)")
     return Origin(folder, found, None if quantize == "none" else quantize or stored, dtype, revision)
 
 
-def load_adapted(origin: Origin) -> tuple[Any, Any]:
-    """(model in eval mode with its adapter, tokenizer)."""
+def load_adapted(origin: Origin, another_base: bool = False) -> tuple[Any, Any]:
+    """(model in eval mode with its adapter, tokenizer). another_base: see `load_adapter`."""
     model, tokenizer = load(origin.model, origin.quantize, origin.dtype, revision=origin.revision)  # type: ignore[arg-type]
     if origin.adapter is not None:
-        load_adapter(model, origin.adapter)
+        load_adapter(model, origin.adapter, another_base=another_base, tokenizer=tokenizer)
     return model.eval(), tokenizer
 
 
@@ -70,71 +76,66 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
         raise ConfigError("the base has no tokenizer, so it cannot read a prompt")
     if tokenizer.chat_template is None:
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return template_ids([{"role": "user", "content": prompt}], tokenizer)
+
+
+def template_ids(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """The conversation through the chat template, up to where the assistant's answer begins. Raises ConfigError where the template refuses it."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ConfigError(f"the chat template refuses this conversation ({', '.join(turn['role'] for turn in messages)}): {error}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def answers(prompt: str, adapter: str | None, model: str | None, quantize: str | None, max_new_tokens: int) -> dict[str, str]:
-    """The greedy answer of the base and, where there is an adapter, with it."""
+def answers(
+    prompt: str, adapter: str | None, model: str | None, quantize: str | None, max_new_tokens: int, write: Callable[[str], None] | None = None
+) -> dict[str, str]:  # fmt: skip
+    """The greedy answer of the base and, where there is an adapter, with it. `write` gets the texts as they are made."""
     origin = find_origin(adapter, model, quantize)
     adapted, tokenizer = load_adapted(origin)
     ids = prompt_ids(prompt, tokenizer)
 
-    def answer() -> str:
-        return evaluate.generate_answers(adapted, tokenizer, [ids], max_new_tokens, 1)[0]
+    def answer(who: str) -> str:
+        if write is None:
+            return evaluate.generate_answers(adapted, tokenizer, [ids], max_new_tokens, 1)[0]
+        write(f"{who}: ")
+        text = evaluate.stream_answer(adapted, tokenizer, ids, max_new_tokens, write)
+        write("\n")
+        return text
 
     with adapters_disabled(adapted):
-        found = {"base": answer()}
+        found = {"base": answer("base")}
     if origin.adapter is not None:
-        found["with adapter"] = answer()
+        found["with adapter"] = answer("with adapter")
     return found
 
 
 def score(recipe: str, overrides: list[str], adapter: str | None, console: Console) -> dict[str, Any]:
     """The recipe's metrics for the adapter of a run folder, another adapter, or the base (adapter "none")."""
+    config, adapted, tokenizer = load_for(recipe, overrides, adapter)
+    return Scorer(config, adapted, tokenizer, TokenLoss(adapted), load_sets(config, tokenizer, console), console).score("of", None)
+
+
+def score_tasks(recipe: str, overrides: list[str], adapter: str | None, **options: Any) -> dict[str, float]:
+    """Tasks of lm-evaluation-harness for the same models as `score`; options are those of `evaluate.harness_scores`."""
+    _, adapted, tokenizer = load_for(recipe, overrides, adapter)
+    return evaluate.harness_scores(adapted, tokenizer, **options)
+
+
+def load_for(recipe: str, overrides: list[str], adapter: str | None) -> tuple[Recipe, Any, Any]:
+    """(recipe, model in eval mode, tokenizer) for a run folder or a recipe, and an adapter that goes before its own."""
     folder = Path(recipe)
     config = load_recipe(folder / "recipe.yaml" if folder.is_dir() else folder, overrides)
     if adapter is None:
         adapter = recipe if folder.is_dir() else config.output_dir
     if config.train.full_finetuning and adapter != "none":
         adapted, tokenizer = load(str(Path(adapter) / "model"), dtype="float32", attention=config.model.attention)
-        adapted.eval()
-    elif adapter == "none":
-        adapted, tokenizer = load_adapted(Origin(None, config.model.name, config.quantize, config.model.dtype, config.model.revision))
-    else:
-        origin = find_origin(adapter)
-        adapted, tokenizer = load_adapted(
-            origin._replace(model=config.model.name, quantize=config.quantize, dtype=config.model.dtype, revision=config.model.revision)
-        )
-    return Scorer(config, adapted, tokenizer, TokenLoss(adapted), load_sets(config, tokenizer, console), console).score("of", None)
-
-
-def merge_to(adapter: str, output: str, model: str | None, quantize: str | None, onto: str) -> MergeCheck:
-    """Merges, compares with the adapted model, saves with the tokenizer, reads back and compares once more."""
-    if onto not in ("trained", "original"):
-        raise ConfigError(f"--onto: unknown {onto!r}{suggest(onto, ('trained', 'original'))} (there are: trained, original)")
-    target = Path(output)
-    if target.exists() and any(target.iterdir()):
-        adapter_there = any((folder / CONFIG_FILE).exists() for folder in (target, target / "adapter"))
-        hint = "; to average adapters, name the output with --output" if adapter_there else ""
-        raise ConfigError(f"{output} exists and is not empty; give a new folder{hint}")
-    origin = find_origin(adapter, model, quantize)
-    adapted, tokenizer = load_adapted(origin)
-    originals = None
-    if onto == "original":
-        plain, _ = load(origin.model, None, origin.dtype, revision=origin.revision)
-        originals = {name: layer.original(plain, name).detach() for name, layer in adapter_layers(adapted).items()}
-    vocabulary = adapted.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (4, 64), generator=torch.Generator().manual_seed(0)).to(adapted.device)
-    check = merge_verified(adapted, ids, originals=originals)
-    adapted.save_pretrained(target)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(target)
-    again, _ = load(str(target), None, adapted.dtype)
-    with torch.no_grad():
-        if not torch.equal(again.eval()(input_ids=ids).logits, adapted(input_ids=ids).logits):
-            raise RuntimeError(f"the model read back from {output} differs from the one in memory")
-    return check
+        return config, adapted.eval(), tokenizer
+    if adapter == "none":
+        return config, *load_adapted(Origin(None, config.model.name, config.quantize, config.model.dtype, config.model.revision))
+    base = {"model": config.model.name, "quantize": config.quantize, "dtype": config.model.dtype, "revision": config.model.revision}
+    return config, *load_adapted(find_origin(adapter)._replace(**base))  # type: ignore[arg-type]
 
 
 def average_to(adapters: list[str], output: str, options: dict[str, Any], console: Console) -> AverageReport:

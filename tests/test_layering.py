@@ -16,17 +16,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     ["__main__"],
     ["cli"],
-    ["bench", "check", "use"],
+    ["export"],
+    ["chat", "fold", "servers"],
+    ["bench", "check", "doctor", "use"],
     ["run"],
     ["recipe", "result"],
     ["train", "evaluate", "average"],  # the loop saves checkpoints, follows a schedule and measures memory; averaging reads and writes adapters
     ["data", "model", "optim", "loss", "checkpoint", "merge", "adopt", "memory", "builtin.tasks"],
-    ["adapter_file"],  # the format, which `checkpoint` writes and loads into models
+    ["adapter_file", "provenance"],  # the format, which `checkpoint` writes and loads into models
     ["builtin"],  # the words and families of the embedded tasks
     ["methods"],
     ["layers"],
     ["kernels", "quant", "console"],
-    ["config"],
+    ["config", "versions"],
 ]
 LEVEL = {unit: depth for depth, units in enumerate(LEVELS) for unit in units}
 # `data` reads the embedded tasks; otherwise no stage imports another of its line.
@@ -101,7 +103,7 @@ def test_methods_know_no_stage_and_layers_know_no_method():
 def test_only_the_runner_and_the_tools_put_stages_together():
     stages = set(LEVELS[5] + LEVELS[6])
     together = {a for a in LEVEL if len({b for source, b in edges() if source == a} & stages) > 1}
-    assert together <= {"run", "check", "use", "recipe", "train", "cli"}
+    assert together <= {"chat", "doctor", "export", "fold", "run", "check", "use", "recipe", "train", "cli"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

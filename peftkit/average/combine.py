@@ -105,6 +105,9 @@ def average(
         notes.append(f"the updates of {len(zero)} modules cancel out or are zero: {few(zero)}")
     of = [{"folder": str(adapter.folder), "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)]
     base = {"base": config["base_model_name_or_path"], "weights": next((found for adapter in adapters if (found := adapter.card.get("weights"))), None)}
+    for key in ("revision", "stored", "template"):  # what the adapters have in common
+        told = [adapter.card.get(key) for adapter in adapters]
+        base |= {key: told[0]} if told[0] is not None and all(each == told[0] for each in told) else {}
     made = {"of": of, "method": method, "rank": rank, "density": density if method != "linear" else None, "seed": (seed or 0) if method == "dare" else None}
     write(target, state, config, base | {"average": made})
     size, off = math.hypot(*sizes.values()), math.hypot(*offs.values())

@@ -13,14 +13,16 @@ import typer
 from peftkit.cli.bench import bench
 from peftkit.cli.show import doctor, methods, recipes
 from peftkit.cli.train import check, run
-from peftkit.cli.use import evaluate, generate, merge
+from peftkit.cli.use import chat, evaluate, export, generate, merge
 
 app = typer.Typer(help="Parameter-efficient finetuning of Hugging Face models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(run)
 app.command()(check)
 app.command(name="eval")(evaluate)
 app.command()(generate)
+app.command()(chat)
 app.command()(merge)
+app.command()(export)
 app.add_typer(bench, name="bench")
 app.command()(recipes)
 app.command()(methods)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,13 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
+    warnings.formatwarning = _in_one_line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _in_one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning to the user without the place in the code that gave it; others, which are about the code, with it."""
+    return f"warning: {message}\n" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def shipped_recipes() -> dict[str, Path]:

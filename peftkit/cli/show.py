@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 
 def recipes() -> None:
     """The recipes that come with peftkit."""
@@ -27,16 +31,23 @@ def methods() -> None:
         stdout().print(table(f"{name}: {(method.__doc__ or '').strip().splitlines()[0]}", ["option", "default", "what it does"], rows))
 
 
-def doctor() -> None:
-    """Versions and hardware, and what follows from them."""
-    import torch
+def doctor(json_: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+    """What this machine can do, tried out: versions, device, 4 bits, kernels, extras. Exit code 1 where something needed is broken."""
+    import json
 
-    from peftkit.cli.common import stdout
+    from rich.markup import escape
+
+    from peftkit.cli.common import quiet_libraries, stdout
     from peftkit.console import table
-    from peftkit.model import best_dtype
-    from peftkit.result import machine, versions
+    from peftkit.doctor import doctor as look
 
-    facts = {**versions(), **machine()}
-    facts["dtype auto means"] = str(best_dtype()).removeprefix("torch.")
-    facts["paged 8-bit optimizer"] = "yes" if torch.cuda.is_available() else "no GPU: plain AdamW runs instead"
-    stdout().print(table("this machine", ["", ""], [[key, str(value)] for key, value in facts.items()]))
+    quiet_libraries()
+    found = look()
+    if json_:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        rows = [[each.area, each.name, each.state, escape(each.told + (f". To do: {each.remedy}" if each.remedy else ""))] for each in found.findings]
+        stdout().print(table("this machine", ["", "", "", ""], rows))
+        stdout().print("ok" if found.ok else "broken: " + ", ".join(each.name for each in found.findings if each.state == "broken"), highlight=False)
+    if not found.ok:
+        raise typer.Exit(1)

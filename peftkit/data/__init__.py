@@ -6,6 +6,7 @@ step, `collate` makes a batch of them.
 
 from __future__ import annotations
 
+from peftkit.data.choices import Question, load_choices
 from peftkit.data.config import DataConfig, Part
 from peftkit.data.examples import Example, Examples, Rows
 from peftkit.data.isolate import check_isolation
@@ -26,10 +27,12 @@ __all__ = [
     "Examples",
     "HubError",
     "Part",
+    "Question",
     "Rows",
     "check_isolation",
     "collate",
     "colour_row",
+    "load_choices",
     "load_examples",
     "make_rows",
     "marked_row",

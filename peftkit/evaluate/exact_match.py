@@ -1,12 +1,16 @@
-"""Exact match by greedy generation."""
+"""Exact match by greedy generation, of texts or of the numbers they end with."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from peftkit.config import ConfigError
 
 SLACK = 8  # tokens that an answer may run over the longest reference before it is cut
 
@@ -16,10 +20,26 @@ class Prediction(NamedTuple):
 
     prediction: str
     answer: str
+    match: Literal["text", "number"] = "text"
 
     @property
     def correct(self) -> bool:
+        if self.match == "number":
+            return (wanted := final_number(self.answer)) is not None and final_number(self.prediction) == wanted
         return self.prediction == self.answer
+
+
+_NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number an answer comes to: the first after its last `####` where it has one (GSM8K), else its last. None without any.
+
+    Commas within numbers are passed over: 1,250.50 is 1250.5.
+    """
+    _, marked, after = text.rpartition("####")
+    found = _NUMBER.findall(after)  # the whole text where nothing is marked
+    return Decimal((found[0] if marked else found[-1]).replace(",", "")) if found else None
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -34,6 +54,18 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(found - {None})
 
 
+def generation_config(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding that stops where a turn ends."""
+    ends = stop_ids(model, tokenizer)
+    if not ends and tokenizer.pad_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-text and no padding token, so answers have no end; set tokenizer.eos_token")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    # What is not set here, transformers would take from the model's own generation config: penalties of chat models, say.
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=pad
+    )
+
+
 @torch.no_grad()
 def generate_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
@@ -43,12 +75,8 @@ def generate_answers(
 
     Prompts of like length share a batch, padded on the left.
     """
-    ends = stop_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    # What is not set here, transformers would take from the model's own generation config: penalties of chat models, say.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=pad
-    )
+    config = generation_config(model, tokenizer, max_new_tokens)
+    pad = config.pad_token_id
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -66,10 +94,10 @@ def generate_answers(
 
 def exact_match(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], references: Sequence[str], batch_size: int,
-    max_new_tokens: int | None = None, progress: Callable[[int], None] | None = None,
+    max_new_tokens: int | None = None, progress: Callable[[int], None] | None = None, match: Literal["text", "number"] = "text",
 ) -> list[Prediction]:  # fmt: skip
     """Greedy answers beside their references; by default an answer may be a little longer than the longest reference."""
     if max_new_tokens is None:
         max_new_tokens = max(len(ids) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]) + SLACK
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
-    return [Prediction(answer, reference.strip()) for answer, reference in zip(answers, references, strict=True)]
+    return [Prediction(answer, reference.strip(), match) for answer, reference in zip(answers, references, strict=True)]

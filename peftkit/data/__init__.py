@@ -11,21 +11,24 @@ from typing import TYPE_CHECKING, Literal
 
 from peftkit.config import ConfigError
 from peftkit.data.pack import collate, pack
-from peftkit.data.read import BadRow, DataConfig, HubError, check_file, find_format, local_file, normalise, read_rows
+from peftkit.data.read import FORMATS, BadRow, DataConfig, HubError, check_file, find_format, local_file, normalise, read_rows
 from peftkit.data.render import Example, Renderer, colour_row, marked_row, render, render_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "FORMATS",
     "BadRow",
     "DataConfig",
     "DataReport",
     "Example",
     "HubError",
+    "bad_lines",
     "collate",
     "colour_row",
     "load_examples",
+    "local_file",
     "marked_row",
     "pack",
     "render",

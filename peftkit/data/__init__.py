@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from peftkit.config import ConfigError
 from peftkit.data.pack import collate, pack
-from peftkit.data.read import FORMATS, BadRow, DataConfig, HubError, check_file, find_format, local_file, normalise, read_rows
+from peftkit.data.read import FORMATS, BadRow, DataConfig, HubError, check_file, find_format, local_file, normalise, not_utf8, read_rows
 from peftkit.data.render import Example, Renderer, colour_row, marked_row, render, render_text
 
 if TYPE_CHECKING:
@@ -97,7 +97,10 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split:
     if path is not None and path.suffix.lower() == ".txt":
         check_file(path)
         refuse_for_text(config, source)
-        text = path.read_text(encoding="utf-8-sig")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(not_utf8(path)) from error
         examples = render_text(text, source, tokenizer, config.max_length, config.holdout, held)[:limit]
         report.format, report.rows = f"blocks of {config.max_length} tokens", len(examples)
     else:
@@ -121,6 +124,7 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split:
         raise ConfigError(f"{source}: {len(bad)} of {report.rows} rows cannot be used (data.on_bad_row: skip leaves them out):\n{listed}")
     if not examples:
         listed = "".join(f"\n  {line}" for line in bad_lines(report.dropped))
+        listed += "\n  raise data.max_length, or cut rows: data.truncation: right" * all(row.too_long for row in report.dropped)
         raise ConfigError(f"{report.source}: " + (f"none of the {report.rows} rows is left:{listed}" if report.rows else "there are no rows"))
     if limit is not None and report.rows < limit:
         report.notes.append(f"data.{split}_rows asks for {limit} rows, there are {report.rows}")

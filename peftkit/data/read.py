@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,7 +170,18 @@ def read_rows(spec: str, split: str) -> list[Record | BadRow]:
     try:
         return read_csv(path) if path.suffix.lower() == ".csv" else read_json(path)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from error
+        raise ConfigError(not_utf8(path)) from error
+
+
+def not_utf8(path: Path) -> str:
+    """What is wrong with a file that is not UTF-8, with the line."""
+    raw = path.read_bytes()
+    try:
+        raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        return f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}): save the file as UTF-8"
+    return f"{path}: was written to while it was read"
 
 
 def read_builtin(spec: str) -> list[Record | BadRow]:
@@ -224,7 +236,14 @@ def read_csv(path: Path) -> list[Record | BadRow]:
 
 def read_parquet(path: Path) -> list[Record | BadRow]:
     from datasets import load_dataset  # takes a second to import
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
 
+    try:
+        if not read_metadata(path).num_rows:
+            return []
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as parquet ({first_line(error)}); write or download it again") from error
     try:  # streaming reads the file itself, without a copy in the cache
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         return [Record(f"{path}[{i}]", dict(row)) for i, row in enumerate(rows)]
@@ -287,7 +306,7 @@ def find_format(records: Sequence[Record | BadRow], config: DataConfig, source: 
                 return form
     if not rows:
         return "unknown"  # every line is a BadRow, and says why
-    near = "".join(f"\n  {name!r}{hint}" for name in found if (hint := suggest(name, sorted(NEEDED))))
+    near = "".join(f"\n  {name!r}{hint}" for name in found if name not in NEEDED and (hint := suggest(name, sorted(NEEDED))))
     raise ConfigError(
         f"{source}: no known row format ({listing(found)}). Known are: {'; '.join(' + '.join(needed) for needed in FORMATS.values())}."
         f" Name the columns in data.columns, as in {{prompt: question, completion: answer}}.{near}"
@@ -345,6 +364,8 @@ def normalise(record: Record | BadRow, form: str, config: DataConfig) -> Row | B
 def as_text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):  # JSON knows no NaN, Python's reader does
+        raise ValueError(f"{name!r} must be text, found {value}: an empty cell of a table? fill it or leave the row out")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise ValueError(f"{name!r} must be text, found {kind(value)}")
@@ -367,8 +388,20 @@ def as_messages(value: Any, name: str) -> list[dict[str, Any]]:
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             raise ValueError(f"turn {number} of {name!r}: the {keys[1]} must be text, found {kind(content)}")
         rest = {key: value for key, value in turn.items() if key not in keys and value is not None}
+        for call in rest.get("tool_calls") or []:
+            check_arguments(call)
         messages.append({"role": role, "content": content, **rest})
     return messages
+
+
+def check_arguments(call: Any) -> None:
+    """Raises ValueError where the arguments of a tool call, which OpenAI's shape holds as a text, are not JSON."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            json.loads(function["arguments"])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the arguments of the call of {function.get('name')!r} are not JSON ({error.msg}, column {error.colno})") from error
 
 
 def check_answer(messages: list[dict[str, Any]]) -> None:

@@ -16,14 +16,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from peftkit.bench.cells import load_results
 from peftkit.bench.report import markdown
 from peftkit.builtin.families import FAMILIES
 from peftkit.config import Config, defaults_table
 from peftkit.data import DataConfig
 from peftkit.evaluate import EvalConfig
+from peftkit.memory import human, weight_bytes
 from peftkit.methods import REGISTRY
-from peftkit.model import BUILTIN, ModelConfig
+from peftkit.model import BUILTIN, ModelConfig, load_config
+from peftkit.recipe import load_recipe
+from peftkit.rehearse import kept_config
 from peftkit.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +156,24 @@ def architectures(path: Path) -> str:
     return f"With {', '.join(f'{package} {version}' for package, version in found['versions'].items())}.\n\n{table(columns, rows)}"
 
 
+def recipes(folder: Path) -> str:
+    """Every recipe with what it is of; the bytes of its weights are those of the config kept beside it."""
+    rows = []
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: (not load_recipe(path).model.name.startswith("builtin:"), path.name)):
+        recipe, kept = load_recipe(path), kept_config(folder, load_recipe(path).model.name)
+        config = AutoConfig.for_model(**json.loads(kept.read_text())["config"]) if kept.exists() else load_config(recipe.model.name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        dtype = torch.float32 if recipe.train.full_finetuning else torch.bfloat16
+        source = next((line.removeprefix("# Source: ") for line in path.read_text().splitlines() if line.startswith("# Source: ")), "ours")
+        rows.append([
+            f"[{path.name}]({path.name})", f"{recipe.model.name}, {model.num_parameters() / 1e9:.2g} B" if kept.exists() else recipe.model.name,
+            " + ".join(next(iter(method)) for method in recipe.methods) or "none: every parameter trains",
+            recipe.quantize or str(dtype).removeprefix("torch."), human(weight_bytes(model, recipe.quantize, dtype)), recipe.data.train, source,
+        ])  # fmt: skip
+    return table(["file", "base", "methods", "stored in", "weights", "data", "where its hyperparameters are from"], rows)
+
+
 def blocks() -> dict[Path, dict[str, str]]:
     """Page -> marker -> content, for every block whose source is there."""
     docs = ROOT / "docs"
@@ -161,6 +185,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         docs / "adapters.md": {},
         docs / "architectures.md": {},
         ROOT / "README.md": {},
+        ROOT / "recipes" / "README.md": {"recipes": recipes(ROOT / "recipes")},
     }
     if SCORES.exists():
         found[docs / "model-card.md"]["scores"] = scores(SCORES)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -86,8 +87,10 @@ def _from_hub(what: str, name: str, load: Any, **options: Any) -> Any:
     """`load(name, **options)`, with transformers' many ways to fail told in one line."""
     try:
         return load(locate(name), **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(locate(name)).is_dir():
+            raise ConfigError(f"model: cannot load the {what} of {name!r}: {reason}\n  the folder is not whole: copy or download it again") from error
         raise ConfigError(
             f"model: cannot load the {what} of {name!r}: {reason}\n"
             "  a name that is no local folder is looked up on the Hugging Face hub: check its spelling, the network, "

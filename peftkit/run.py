@@ -97,6 +97,8 @@ def open_folder(recipe: Recipe, resume: bool) -> Path:
     """The run folder, as it is. Refuses one that holds an unfinished run, unless that one is resumed, and one that is not a run's."""
     folder = Path(recipe.output_dir)
     written = folder / "recipe.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file, not a folder; give another output_dir")
     if resume:
         if not written.exists():
             raise ConfigError(f"output_dir: nothing to resume in {folder}: it holds no recipe.yaml")

@@ -17,7 +17,7 @@ LEVELS = [
     ["__main__"],
     ["cli"],
     ["export"],
-    ["chat", "fold", "servers"],
+    ["chat", "fold", "rehearse", "servers"],
     ["bench", "check", "doctor", "use"],
     ["run"],
     ["recipe", "result"],
@@ -103,7 +103,7 @@ def test_methods_know_no_stage_and_layers_know_no_method():
 def test_only_the_runner_and_the_tools_put_stages_together():
     stages = set(LEVELS[5] + LEVELS[6])
     together = {a for a in LEVEL if len({b for source, b in edges() if source == a} & stages) > 1}
-    assert together <= {"chat", "doctor", "export", "fold", "run", "check", "use", "recipe", "train", "cli"}
+    assert together <= {"chat", "doctor", "export", "fold", "rehearse", "run", "check", "use", "recipe", "train", "cli"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -12,12 +12,13 @@ import typer
 
 from peftkit.cli.bench import bench
 from peftkit.cli.show import doctor, methods, recipes
-from peftkit.cli.train import check, run
+from peftkit.cli.train import check, rehearse, run
 from peftkit.cli.use import chat, evaluate, export, generate, merge
 
 app = typer.Typer(help="Parameter-efficient finetuning of Hugging Face models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(run)
 app.command()(check)
+app.command()(rehearse)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(chat)

@@ -12,6 +12,7 @@ from peftkit.memory import human
 
 if TYPE_CHECKING:
     from peftkit.check import CheckReport
+    from peftkit.rehearse import Rehearsal
     from peftkit.result import Result
 
 
@@ -41,4 +42,14 @@ def print_check(report: CheckReport) -> None:
     for shown, marked in report.rows:
         console.print(Text("row with its trained tokens marked", style="bold"))
         console.print(shown if console.is_terminal else Text(marked), soft_wrap=True)
+    console.print(Text("ok", style="green"))
+
+
+def print_rehearsal(rehearsal: Rehearsal) -> None:
+    """What a rehearsal was of, and what it cannot tell since it was stood in for."""
+    console = stdout()
+    for title, lines in {"real": rehearsal.real, "stood in for": rehearsal.stood_in, "done": rehearsal.did}.items():
+        console.print(Text(title, style="bold"))
+        for line in lines:
+            console.print(Text(f"  {line}"), soft_wrap=True)
     console.print(Text("ok", style="green"))

@@ -1,4 +1,4 @@
-"""peftkit run, peftkit check."""
+"""peftkit run, peftkit check, peftkit rehearse."""
 
 from __future__ import annotations
 
@@ -33,3 +33,17 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     quiet_libraries()
     print_check(check_recipe(recipe_path(recipe), overrides or []))
+
+
+def rehearse(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps to train.")] = 3,
+) -> None:
+    """The whole recipe in seconds on a shrunken random model of its architecture, before a GPU is rented; keeps nothing."""
+    from peftkit.cli.common import quiet_libraries, recipe_path, stderr
+    from peftkit.cli.print import print_rehearsal
+    from peftkit.rehearse import rehearse as rehearse_recipe
+
+    quiet_libraries()
+    print_rehearsal(rehearse_recipe(recipe_path(recipe), overrides or [], steps, stderr()))

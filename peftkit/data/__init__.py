@@ -9,16 +9,18 @@ from __future__ import annotations
 from peftkit.data.choices import Question, load_choices
 from peftkit.data.config import DataConfig, Part
 from peftkit.data.examples import Example, Examples, Rows
+from peftkit.data.formats import FORMATS
 from peftkit.data.isolate import check_isolation
 from peftkit.data.load import load_examples
 from peftkit.data.order import DataOrder
 from peftkit.data.pack import collate, make_rows, pack
-from peftkit.data.read import BadRow, HubError
+from peftkit.data.read import BadRow, HubError, local_file
 from peftkit.data.render import render
-from peftkit.data.report import DataReport
+from peftkit.data.report import DataReport, bad_lines
 from peftkit.data.show import colour_row, marked_row
 
 __all__ = [
+    "FORMATS",
     "BadRow",
     "DataConfig",
     "DataOrder",
@@ -29,11 +31,13 @@ __all__ = [
     "Part",
     "Question",
     "Rows",
+    "bad_lines",
     "check_isolation",
     "collate",
     "colour_row",
     "load_choices",
     "load_examples",
+    "local_file",
     "make_rows",
     "marked_row",
     "pack",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,7 @@ def find_format(records: Sequence[Record | BadRow], config: DataConfig, source: 
                 return form
     if not rows:
         return "unknown"  # every line is a BadRow, and says why
-    near = "".join(f"\n  {name!r}{hint}" for name in found if (hint := suggest(name, sorted(NEEDED))))
+    near = "".join(f"\n  {name!r}{hint}" for name in found if name not in NEEDED and (hint := suggest(name, sorted(NEEDED))))
     raise ConfigError(
         f"{source}: no known row format ({listing(found)}). Known are: {'; '.join(' + '.join(needed) for needed in FORMATS.values())}."
         f" Name the columns in data.columns, as in {{prompt: question, completion: answer}}.{near}"
@@ -160,6 +161,8 @@ def shared_start(first: list[Turn], second: list[Turn]) -> list[Turn]:
 def as_text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):  # JSON knows no NaN, Python's reader does
+        raise ValueError(f"{name!r} must be text, found {value}: an empty cell of a table? fill it or leave the row out")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise ValueError(f"{name!r} must be text, found {kind(value)}")

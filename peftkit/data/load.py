@@ -19,7 +19,7 @@ from peftkit.data.cache import DamagedCacheError, Store, cache_folder, content_h
 from peftkit.data.config import DataConfig
 from peftkit.data.examples import Example, Examples, to_arrow
 from peftkit.data.formats import find_format, normalise
-from peftkit.data.read import BadRow, Piece, Record, pieces, read_rows
+from peftkit.data.read import BadRow, Piece, Record, not_utf8, pieces, read_rows
 from peftkit.data.render import CHUNK, Renderer, render_text
 from peftkit.data.report import DataReport, bad_lines
 
@@ -152,6 +152,7 @@ def load_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[Exa
         raise ConfigError(f"{source.spec}: {len(bad)} of {report.rows} rows cannot be used (data.on_bad_row: skip leaves them out):\n{listed}")
     if not table.num_rows:
         listed = "".join(f"\n  {line}" for line in bad_lines(report.dropped))
+        listed += "\n  raise data.max_length, or cut rows: data.truncation: right" * all(row.too_long for row in report.dropped)
         raise ConfigError(f"{report.source}: " + (f"none of the {report.rows} rows is left:{listed}" if report.rows else "there are no rows"))
     if source.limit is not None and report.rows < source.limit:
         report.notes.append(f"data.{source.split}_rows asks for {source.limit} rows, there are {report.rows}")
@@ -265,7 +266,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from error
+        raise ConfigError(not_utf8(path)) from error
 
 
 def refuse_for_text(source: Source) -> None:

@@ -120,7 +120,18 @@ def read_rows(piece: Piece) -> Iterator[Record | BadRow]:
         try:
             yield from readers[piece.suffix.lower()](piece)
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{piece}: not UTF-8 text (byte {error.start}: {error.reason})") from error
+            raise ConfigError(not_utf8(piece)) from error
+
+
+def not_utf8(path: Path) -> str:
+    """What is wrong with a file that is not UTF-8, with the line."""
+    raw = path.read_bytes()
+    try:
+        raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        return f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}): save the file as UTF-8"
+    return f"{path}: was written to while it was read"
 
 
 def read_builtin(spec: str) -> Iterator[Record | BadRow]:
@@ -176,7 +187,14 @@ def read_csv(path: Path) -> Iterator[Record | BadRow]:
 
 def read_parquet(path: Path) -> Iterator[Record | BadRow]:
     from datasets import load_dataset  # takes a second to import
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
 
+    try:
+        if not read_metadata(path).num_rows:
+            return
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as parquet ({first_line(error)}); write or download it again") from error
     try:  # streaming reads the file itself, without a copy in the cache
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for i, row in enumerate(rows):

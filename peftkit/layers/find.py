@@ -134,7 +134,10 @@ def left_out_attention(model: nn.Module) -> list[str]:
 def _matches(name: str, module: nn.Module, pattern: str, regex: bool) -> bool:
     kind = _kind(module)
     names = [name, name.rpartition(".")[0]] if kind is not None and kind.parts(module) else [name]
-    return any(name == pattern or name.endswith(f".{pattern}") or (regex and re.fullmatch(pattern, name)) for name in names)
+    try:
+        return any(name == pattern or name.endswith(f".{pattern}") or (regex and re.fullmatch(pattern, name)) for name in names)
+    except re.error as error:
+        raise ValueError(f"target {pattern!r} is no regular expression ({error}); escape it, or give a list of name endings") from error
 
 
 def _nothing_matches(pattern: str, there: dict[str, nn.Module]) -> str:

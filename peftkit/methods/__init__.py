@@ -59,7 +59,10 @@ def from_recipe(entries: Any, source: Source | None = None) -> list[Method]:
         if name not in REGISTRY:
             raise ConfigError(source.problem(at, f"unknown method {name!r}{suggest(name, REGISTRY)} (there are: {', '.join(REGISTRY)})"))
         methods.append(REGISTRY[name]() if fields in (None, {}) else validate(REGISTRY[name], source, at=(*at, name)))
-    check_methods(methods)
+    try:
+        check_methods(methods)
+    except ConfigError as error:
+        raise ConfigError(source.problem(("methods",), str(error))) from error
     return methods
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from peftkit import trackers
 from peftkit.config import Config, ConfigError, Source, apply_overrides, dump_yaml, read_yaml, validate
 from peftkit.data import DataConfig
 from peftkit.evaluate import EvalConfig
@@ -88,6 +89,12 @@ def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
 
         if not torch.cuda.is_available():
             raise wrong(("train", "optimizer"), "paged_adamw_8bit needs a GPU; use adamw here")
+    if recipe.train.eval_every and not (recipe.data.eval or recipe.data.holdout):
+        raise wrong(("train", "eval_every"), "there is nothing to evaluate on: give data.eval or data.holdout")
+    if recipe.train.gradient_checkpointing == "selective" and recipe.model.attention == "eager":
+        raise wrong(("train", "gradient_checkpointing"), "selective keeps the output of fused attention, and eager has none; use true, or attention: sdpa")
+    if absent := trackers.missing(recipe.train.report_to):
+        raise wrong(("train", "report_to"), absent)
     if "exact_match" in recipe.eval.metrics and not (recipe.data.eval or recipe.data.holdout):
         raise wrong(("eval", "metrics"), "exact_match needs an evaluation set: give data.eval or data.holdout")
     locate(recipe.model.name)

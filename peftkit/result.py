@@ -103,11 +103,15 @@ def plot_loss(metrics: Path, path: Path, before: float | None, after: float | No
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = MetricsLog.read(metrics)
+    read = MetricsLog.read(metrics)
+    lines, evaluations = [line for line in read if "loss" in line], [line for line in read if "eval_loss" in line]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label="training")
-    if before is not None and after is not None and lines:
-        axes.plot([0, lines[-1]["step"]], [before, after], "o", label="evaluation")
+    points = [(line["step"], line["eval_loss"]) for line in evaluations]
+    if before is not None and after is not None and lines:  # where the best parameters were put back, they are not those of the last step
+        points = [(0, before), *points] if points else [(0, before), (lines[-1]["step"], after)]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o", label="evaluation")
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -68,8 +68,13 @@ def _processor() -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    new.write_text(text)
     os.replace(new, path)
 
 
@@ -79,7 +84,7 @@ class MetricsLog:
     def __init__(self, path: Path, start: int):
         self.path = path
         kept = [line for line in self.read(path) if line["step"] <= start] if start and path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -29,7 +29,7 @@ from peftkit.memory import human
 from peftkit.model import load, load_tokenizer, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe, resolved
-from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json
+from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json, write_text
 from peftkit.trackers import flat
 from peftkit.tripwires import Tripwires
 
@@ -169,7 +169,7 @@ def start_folder(folder: Path, recipe: Recipe) -> None:
         shutil.rmtree(folder / old, ignore_errors=True)
     for old in ("result.json", "before.json", "metrics.jsonl", "predictions.jsonl", "loss.png"):
         (folder / old).unlink(missing_ok=True)
-    (folder / "recipe.yaml").write_text(resolved(recipe))
+    write_text(folder / "recipe.yaml", resolved(recipe))
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:

@@ -116,13 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # no thread of torch's own may be there when a process is forked
     chance, hit, different = random.Random(options.seed), Counter[str](), list[int]()
     with tempfile.TemporaryDirectory() as place:
+        run(recipe(Path(place) / "first"), console=Console(quiet=True))  # imports what the forked ones then have already
         whole = Path(place) / "whole"
         if wait(start(whole, resume=False)) != 0:
             print("the run that nothing disturbs failed", file=sys.stderr)
             return 1
-        begun = time.time()
-        wait(start(Path(place) / "timed", resume=False))
-        seconds = time.time() - max(begun, (Path(place) / "timed" / "recipe.yaml").stat().st_mtime)
+        seconds = time.time() - (whole / "recipe.yaml").stat().st_mtime  # of training, and what comes after it
         for number in range(options.kills):
             folder = Path(place) / f"kill-{number}"
             doing = kill(start(folder, resume=False), folder, "writing" if number % 2 else "any", chance, seconds)

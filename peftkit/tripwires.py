@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,8 +18,8 @@ Tripwire = Literal["no_supervised_tokens", "adapter_not_moving", "not_finite", "
 NAMES: tuple[str, ...] = get_args(Tripwire)
 
 STEPS_TO_MOVE = 5  # optimizer steps after which every adapter must have moved
-START = 5  # steps whose mean loss is the start that later ones are held against
-RECENT = 10  # steps whose mean loss is held against the start
+START = 5  # steps whose lowest loss is the start that later ones are held against: a rise within them must not hide itself
+RECENT = 10  # steps whose median loss is held against the start: a few bad batches are no divergence
 SHOWN = 5  # names and rows listed one by one; the others are counted
 
 
@@ -74,18 +75,18 @@ class Tripwires:
         return False
 
     def rising(self, loss: float, step: int) -> None:
-        """The mean loss of the last steps must not be far above that of the first ones: twice as high, and by at least 2 nats."""
+        """The median loss of the last steps must not be far above that of the first ones: not twice as high, and not by 2 nats and more."""
         self.losses = [*self.losses, loss][-RECENT:]
         if self.start is None:
             if len(self.losses) == START:
-                self.start, self.losses = sum(self.losses) / START, []
+                self.start, self.losses = min(self.losses), []
             return
-        recent = sum(self.losses) / len(self.losses)
+        recent = median(self.losses)
         if len(self.losses) == RECENT and recent > max(2 * self.start, self.start + 2):
             self.trip(
                 "loss_rising",
-                f"the loss diverges: {recent:.3g} over the last {RECENT} steps up to step {step}, {self.start:.3g} over the first {START}. Lower "
-                "train.learning_rate (of loraplus also ratio), raise train.warmup_ratio, or lower train.max_grad_norm",
+                f"the loss diverges: {recent:.3g} is the median of the last {RECENT} steps up to step {step}, {self.start:.3g} the lowest within the first {START}. "
+                "Lower train.learning_rate (of loraplus also ratio), raise train.warmup_ratio, or lower train.max_grad_norm",
             )
 
     def adapters_moved(self, step: int) -> None:
@@ -129,12 +130,10 @@ class Tripwires:
         after = {**_generators(), **{name: handle.state_dict() for name, handle in self.handles.items()}}
         drew = [name for name in before if not _equal(before[name], after[name])]
         if drew:
-            dropouts = [name for name, module in self.model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd) and module.training]
-            training = f" Dropout in training mode: {listed(dropouts)}." if dropouts else ""
             self.trip(
                 "noise_in_evaluation",
-                f"noise is active in evaluation ({when}): random numbers were drawn from the generator of {listed(drew)}.{training} The scores are not the "
-                "model's own: take the noise out of evaluation (model.eval(), functional dropout with training=self.training)",
+                f"noise is active in evaluation ({when}): random numbers were drawn from the generator of {listed(drew)}. The scores are not the model's "
+                "own: take the noise out of evaluation (the whole model in eval mode, functional dropout with training=self.training)",
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,8 +20,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  with what follows imported for the forked processes, which then need not
+import matplotlib.pyplot  # noqa: F401
+import peft  # noqa: F401
 import torch
 import transformers
+import transformers.models.llama.modeling_llama
 from rich.console import Console
 
 from peftkit.checkpoint import checkpoints
@@ -116,7 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # no thread of torch's own may be there when a process is forked
     chance, hit, different = random.Random(options.seed), Counter[str](), list[int]()
     with tempfile.TemporaryDirectory() as place:
-        run(recipe(Path(place) / "first"), console=Console(quiet=True))  # imports what the forked ones then have already
         whole = Path(place) / "whole"
         if wait(start(whole, resume=False)) != 0:
             print("the run that nothing disturbs failed", file=sys.stderr)

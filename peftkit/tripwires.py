@@ -85,8 +85,8 @@ class Tripwires:
         if len(self.losses) == RECENT and recent > max(2 * self.start, self.start + 2):
             self.trip(
                 "loss_rising",
-                f"the loss diverges: {recent:.3g} is the median of the last {RECENT} steps up to step {step}, {self.start:.3g} the lowest within the first {START}. "
-                "Lower train.learning_rate (of loraplus also ratio), raise train.warmup_ratio, or lower train.max_grad_norm",
+                f"the loss diverges: {recent:.3g} is the median of the last {RECENT} steps up to step {step}, {self.start:.3g} the lowest of the "
+                f"first {START}. Lower train.learning_rate (of loraplus also ratio), raise train.warmup_ratio, or lower train.max_grad_norm",
             )
 
     def adapters_moved(self, step: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 2.0  # seconds within which another signal is the same one: launchers hand on what a terminal has sent to all
 
 
 class Interrupted(RuntimeError):
@@ -21,13 +23,13 @@ class Interrupted(RuntimeError):
 
 
 class Interrupts:
-    """While it is open, the first SIGTERM or SIGINT is only remembered in `number`; a second one ends the work at once.
+    """While it is open, the first SIGTERM or SIGINT is only remembered in `number`; a second one, later, ends the work at once.
 
     Python lets the main thread alone handle signals; in another thread nothing is changed.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.since = 0, 0.0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -41,6 +43,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > ECHO:
             raise KeyboardInterrupt(f"{signal.Signals(number).name} twice: stopped within a step")
-        self.number = number

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from rich.console import Console
 
 from peftkit import data, evaluate, methods
@@ -87,7 +87,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     try:
         stats = train(recipe, loss, model, optimizer, sets, accelerator, folder, handles, console, resume, scores, tripwires)
     except Interrupted as interrupted:
-        interrupted.add_note(f"go on with: {resume_line(given, overrides, accelerator.num_processes)}")
+        interrupted.add_note(f"go on with: {resume_line(given, overrides, accelerator.num_processes, accelerator.device.type)}")
         raise
     accelerator.wait_for_everyone()
     adapter = save(model, tokenizer, recipe, folder) if accelerator.is_main_process else {}  # before anything else can fail
@@ -107,15 +107,21 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 
 def one_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate for processes and devices alone: precision and accumulation are the recipe's. Raises ConfigError."""
+    if split := [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]:
+        raise ConfigError(
+            f"accelerate is set to {split[0]}, which splits the parameters: adapters and checkpoints of split models are not written here yet; launch on "
+            "several devices without it (accelerate launch --multi_gpu), or train in your own loop with peftkit.attach"
+        )
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), log_with=list(recipe.train.report_to) or None, project_dir=recipe.output_dir
     )
     if not accelerator.is_main_process:
         logging.getLogger("peftkit").setLevel(logging.ERROR)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    asked = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    if asked and accelerator.num_processes == 1:  # what `accelerate launch` leaves in the environment of the one process it starts then
         raise ConfigError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which splits the parameters: adapters and checkpoints of split models are not "
-            "written here yet; launch on several devices without it (accelerate launch --multi_gpu), or train your own loop with peftkit.attach"
+            "accelerate launch was asked for several processes and started one, as it does where it sees no second GPU: on CPUs launch with "
+            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m peftkit run ...`, on GPUs look at CUDA_VISIBLE_DEVICES"
         )
     if accelerator.mixed_precision != "no":
         raise ConfigError(f"accelerate is set to {accelerator.mixed_precision}; model.dtype sets the precision here: launch with --mixed_precision no")
@@ -154,11 +160,12 @@ def must_be_writable(folder: Path) -> None:
         raise ConfigError(f"output_dir: nothing can be written to {there} ({error.strerror}); give another output_dir, or make it writable") from error
 
 
-def resume_line(recipe: Any, overrides: Sequence[str], processes: int) -> str:
+def resume_line(recipe: Any, overrides: Sequence[str], processes: int, device: str) -> str:
     """What a person types to go on with an interrupted run."""
     if not isinstance(recipe, (str, Path)):
         return "peftkit.run(recipe, resume=True)"
-    launch = f"accelerate launch --num_processes {processes} -m peftkit" if processes > 1 else "peftkit"
+    several = {"cpu": "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"}.get(device, "accelerate launch --num_processes")
+    launch = f"{several} {processes} -m peftkit" if processes > 1 else "peftkit"
     return f"{launch} run {shlex.join([str(recipe), *overrides])} --resume"
 
 

@@ -9,7 +9,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,33 +244,60 @@ def _same(one: Tensor, other: Tensor) -> bool:
 _STEP = re.compile(r"step-(\d+)")
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep_last: int) -> Path:
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep_last: int, keep: Collection[int] = ()) -> Path:
     """Writes `folder`/step-<n> atomically: into a folder of another name, to the disk, read back, then renamed.
 
-    tensors: the trained parameters by name; state: whatever torch.save takes. Only the newest `keep_last` are kept.
-    A process killed at any moment leaves every earlier checkpoint whole and no half one under a checkpoint's name.
+    tensors: the trained parameters by name; state: whatever torch.save takes. Only the newest `keep_last` are kept, and those of the steps `keep`.
+    A process killed at any moment leaves every earlier checkpoint whole and no half one under a checkpoint's name; so does a full disk, which
+    is told as CheckpointError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".writing-*"):  # of a run that was killed while writing
-        shutil.rmtree(left)
-    writing, final = folder / f".writing-{step:06d}", folder / f"step-{step:06d}"
-    writing.mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    writing, final = folder / f".writing-{step:06d}", folder / f"step-{step:06d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".writing-*"):  # of a run that was killed while writing
+            shutil.rmtree(left)
+        writing.mkdir()
+        _write(writing, tensors, state)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(writing, final)
+        _sync(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have errors of their own for a disk that is full
+        shutil.rmtree(writing, ignore_errors=True)
+        kept = ", ".join(path.name for path in checkpoints(folder)) or "there is none"
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder} ({_cause(error)}); {_free(folder)}. Earlier checkpoints are whole ({kept}): "
+            "make room or the folder writable, then go on with --resume"
+        ) from error
+    for old in checkpoints(folder)[:-keep_last]:
+        if int(old.name.removeprefix("step-")) not in keep:
+            shutil.rmtree(old)
+    return final
+
+
+def _write(writing: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     save_file(tensors, writing / "trained.safetensors")
     torch.save(state, writing / "state.pt")
     for file in writing.iterdir():
         _sync(file)
     written = load_file(writing / "trained.safetensors")
     if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensor) for name, tensor in tensors.items()):
-        raise CheckpointError(f"{writing} does not hold what was saved; earlier checkpoints are untouched")
+        raise OSError("what was read back is not what was written")
     torch.load(writing / "state.pt", weights_only=False, map_location="cpu")
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(writing, final)
-    _sync(folder)
-    for old in checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
-    return final
+
+
+def _cause(error: Exception) -> str:
+    """The system's own words, where an error of torch or safetensors came of them."""
+    inner: BaseException | None = error
+    while inner is not None and not (isinstance(inner, OSError) and inner.strerror):
+        inner = inner.__cause__ or inner.__context__
+    return str(inner.strerror) if isinstance(inner, OSError) else str(error).splitlines()[0]
+
+
+def _free(folder: Path) -> str:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB are free there"
 
 
 def _sync(path: Path) -> None:

@@ -19,7 +19,8 @@ class Bar:
 
     def __init__(self, console: Console, title: str, total: int):
         self.console, self.title, self.total, self.done, self.note = console, title, total, 0, ""
-        self.printed = time.monotonic()
+        self.started = self.printed = time.monotonic()
+        self.behind = 0  # parts that were done before this bar began
         self.progress: Progress | None = None
         self.task: Any = None
         if console.is_terminal:
@@ -41,7 +42,12 @@ class Bar:
             self.progress.update(self.task, completed=self.done, note=self.note)
         elif time.monotonic() - self.printed > LINE_EVERY:
             self.printed = time.monotonic()
-            self.console.print(f"{self.title} {self.done}/{self.total}  {self.note}", highlight=False)
+            self.console.print(f"{self.title} {self.done}/{self.total}  {self.note}  {self._left()}", highlight=False)
+
+    def _left(self) -> str:
+        """The time left at the pace so far."""
+        seconds = (time.monotonic() - self.started) / max(self.done - self.behind, 1) * (self.total - self.done)
+        return f"{seconds / 60:.0f} min left" if seconds >= 120 else f"{seconds:.0f} s left"
 
     def stop(self) -> None:
         if self.progress is not None:
@@ -55,6 +61,7 @@ def bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar
     """A progress bar for `total` parts, of which `done` lie behind."""
     shown = Bar(console, title, total)
     if done:
+        shown.behind = done
         shown.advance(done)
     try:
         yield shown

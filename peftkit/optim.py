@@ -27,7 +27,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over all that trains, with the learning rates that the attached methods ask for (LoRA+).
 
-    optimizer: "adamw"; "paged_adamw_8bit" (bitsandbytes, GPU only); "auto" takes the paged one where a method prefers
+    optimizer: "adamw"; "adamw_8bit" (bitsandbytes); "paged_adamw_8bit" (bitsandbytes, GPU only); "auto" takes the paged one where a method prefers
     it and the model is on a GPU. Raises ValueError where nothing trains.
     """
     groups = optimizer_groups(model, learning_rate, weight_decay)
@@ -40,8 +40,10 @@ def build_optimizer(
         if not on_gpu:
             raise ValueError("paged_adamw_8bit needs the model on a GPU; use adamw here")
         return quant.paged_adamw_8bit(groups, betas=betas)
+    if optimizer == "adamw_8bit":
+        return quant.adamw_8bit(groups, betas=betas)
     if optimizer != "adamw":
-        raise ValueError(f"unknown optimizer {optimizer!r} (there are: auto, adamw, paged_adamw_8bit)")
+        raise ValueError(f"unknown optimizer {optimizer!r} (there are: auto, adamw, adamw_8bit, paged_adamw_8bit)")
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 

@@ -197,6 +197,13 @@ def _scale_codes(device: torch.device) -> torch.Tensor:
     return functional.create_dynamic_map().to(device)
 
 
+def adamw_8bit(groups: list[dict], **options: Any) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with 8-bit states; tensors of fewer than 4,096 values keep theirs in 32 bits."""
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(groups, **options)
+
+
 def paged_adamw_8bit(groups: list[dict], **options: Any) -> torch.optim.Optimizer:
     """bitsandbytes' paged 8-bit AdamW (GPU only): optimizer states that move to host memory when the GPU is short of it."""
     import bitsandbytes

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from peftkit import trackers
 from peftkit.config import Config, ConfigError, Source, apply_overrides, dump_yaml, read_yaml, validate
 from peftkit.data import DataConfig
 from peftkit.evaluate import EvalConfig, check_installed
@@ -95,6 +96,12 @@ def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
         check_installed(recipe.eval.metrics)
     except ConfigError as error:
         raise ConfigError(f"{source.where(('eval', 'metrics'))}: {error}") from error
+    if recipe.train.eval_every and not (recipe.data.eval or recipe.data.holdout):
+        raise wrong(("train", "eval_every"), "there is nothing to evaluate on: give data.eval or data.holdout")
+    if recipe.train.gradient_checkpointing == "selective" and recipe.model.attention == "eager":
+        raise wrong(("train", "gradient_checkpointing"), "selective keeps the output of fused attention, and eager has none; use true, or attention: sdpa")
+    if absent := trackers.missing(recipe.train.report_to):
+        raise wrong(("train", "report_to"), absent)
     locate(recipe.model.name)
 
 

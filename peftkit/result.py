@@ -56,8 +56,13 @@ def _processor() -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    new.write_text(text)
     os.replace(new, path)
 
 
@@ -67,7 +72,7 @@ class MetricsLog:
     def __init__(self, path: Path, start: int):
         self.path = path
         kept = [line for line in self.read(path) if line["step"] <= start] if start and path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -91,11 +96,15 @@ def plot_loss(metrics: Path, path: Path, before: float | None, after: float | No
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = MetricsLog.read(metrics)
+    read = MetricsLog.read(metrics)
+    lines, evaluations = [line for line in read if "loss" in line], [line for line in read if "eval_loss" in line]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label="training")
-    if before is not None and after is not None and lines:
-        axes.plot([0, lines[-1]["step"]], [before, after], "o", label="evaluation")
+    points = [(line["step"], line["eval_loss"]) for line in evaluations]
+    if before is not None and after is not None and lines:  # where the best parameters were put back, they are not those of the last step
+        points = [(0, before), *points] if points else [(0, before), (lines[-1]["step"], after)]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o", label="evaluation")
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shlex
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,15 @@ from peftkit import train as training
 from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.config import ConfigError, read_yaml
 from peftkit.console import bar
+from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
+from peftkit.memory import human
 from peftkit.model import load, load_tokenizer, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe, resolved
-from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json
+from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json, write_text
+from peftkit.trackers import flat
+from peftkit.tripwires import Tripwires
 
 
 def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), resume: bool = False, console: Console | None = None) -> Result:
@@ -30,9 +39,9 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 
     overrides: "train.max_steps=50", ... With resume, goes on from the newest checkpoint in `output_dir`, to the same
     result as a run that was never stopped. Raises ConfigError for a wrong recipe or data, TrainingStopped where training
-    went wrong.
+    went wrong, CheckpointError where its state cannot be written or read, Interrupted after SIGTERM or SIGINT.
     """
-    recipe = load_recipe(recipe, overrides)
+    given, recipe = recipe, load_recipe(recipe, overrides)
     console = console or Console(stderr=True)
     accelerator = one_accelerator(recipe)
     console.quiet = console.quiet or not accelerator.is_main_process
@@ -59,20 +68,35 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
             console.print("no GPU: AdamW runs instead of the paged 8-bit AdamW that qlora would take", highlight=False)
     if recipe.train.full_finetuning:
         model.requires_grad_(True)
-    if recipe.train.gradient_checkpointing:
-        training.enable_checkpointing(model)
+    training.enable_checkpointing(model, recipe.train.gradient_checkpointing)
+    if recipe.train.torch_compile:
+        training.compile_body(model)
     loss = TokenLoss(model)
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 
     if not resume and accelerator.is_main_process:
         start_folder(folder, recipe)
     accelerator.wait_for_everyone()
-    scores = Scorer(recipe, model, tokenizer, loss, sets, console, accelerator.is_main_process)
+    tripwires = Tripwires(
+        model, handles, recipe.train.warn_only, lambda text: console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True),
+        lambda flags: accelerator.reduce(flags, "sum"),
+    )  # fmt: skip
+    scores = Scorer(recipe, model, tokenizer, loss, sets, console, accelerator.is_main_process, tripwires.quiet)
     before = scores.before(folder, resume) if recipe.eval.before else {}
-    stats = train(recipe, loss, model, optimizer, sets, accelerator, folder, handles, console, resume)
+    if accelerator.num_processes > 1:  # after what all must start from alike: each drops out its own units
+        torch.manual_seed(recipe.train.seed + accelerator.process_index)
+    accelerator.init_trackers("peftkit", flat(recipe.model_dump()))
+    try:
+        stats = train(recipe, loss, model, optimizer, sets, accelerator, folder, handles, console, resume, scores, tripwires)
+    except Interrupted as interrupted:
+        interrupted.add_note(f"go on with: {resume_line(given, overrides, accelerator.num_processes, accelerator.device.type)}")
+        raise
     accelerator.wait_for_everyone()
     adapter = save(model, tokenizer, recipe, folder) if accelerator.is_main_process else {}  # before anything else can fail
     after = scores.score("after", folder / "predictions.jsonl")
+    accelerator.log({f"after/{key}": value for key, value in after.items() if isinstance(value, (int, float))}, step=stats.steps)
+    for tracker in accelerator.trackers:  # not accelerator.end_training(), which would also end the processes' group under a notebook's next run
+        tracker.finish()
     result = Result(before, after, stats.summary(), adapter, recipe.model_dump(), versions(), machine(), str(folder))
     if accelerator.is_main_process:
         write_json(folder / "result.json", result.to_json())
@@ -85,7 +109,22 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 
 def one_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate for processes and devices alone: precision and accumulation are the recipe's. Raises ConfigError."""
-    accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    if split := [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]:
+        raise ConfigError(
+            f"accelerate is set to {split[0]}, which splits the parameters: adapters and checkpoints of split models are not written here yet; launch on "
+            "several devices without it (accelerate launch --multi_gpu), or train in your own loop with peftkit.attach"
+        )
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), log_with=list(recipe.train.report_to) or None, project_dir=recipe.output_dir
+    )
+    if not accelerator.is_main_process:
+        logging.getLogger("peftkit").setLevel(logging.ERROR)
+    asked = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    if asked and accelerator.num_processes == 1:  # what `accelerate launch` leaves in the environment of the one process it starts then
+        raise ConfigError(
+            "accelerate launch was asked for several processes and started one, as it does where it sees no second GPU: on CPUs launch with "
+            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m peftkit run ...`, on GPUs look at CUDA_VISIBLE_DEVICES"
+        )
     if accelerator.mixed_precision != "no":
         raise ConfigError(f"accelerate is set to {accelerator.mixed_precision}; model.dtype sets the precision here: launch with --mixed_precision no")
     if recipe.train.batch_size < accelerator.num_processes:
@@ -99,6 +138,7 @@ def open_folder(recipe: Recipe, resume: bool) -> Path:
     written = folder / "recipe.yaml"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir: {folder} is a file, not a folder; give another output_dir")
+    must_be_writable(folder)
     if resume:
         if not written.exists():
             raise ConfigError(f"output_dir: nothing to resume in {folder}: it holds no recipe.yaml")
@@ -113,6 +153,26 @@ def open_folder(recipe: Recipe, resume: bool) -> Path:
     return folder
 
 
+def must_be_writable(folder: Path) -> None:
+    """Raises ConfigError where nothing can be written to `folder`, which need not exist yet: before hours of work that could not be saved."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"peftkit")
+            probe.flush()
+    except OSError as error:
+        raise ConfigError(f"output_dir: nothing can be written to {there} ({error.strerror}); give another output_dir, or make it writable") from error
+
+
+def resume_line(recipe: Any, overrides: Sequence[str], processes: int, device: str) -> str:
+    """What a person types to go on with an interrupted run."""
+    if not isinstance(recipe, (str, Path)):
+        return "peftkit.run(recipe, resume=True)"
+    several = {"cpu": "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"}.get(device, "accelerate launch --num_processes")
+    launch = f"{several} {processes} -m peftkit" if processes > 1 else "peftkit"
+    return f"{launch} run {shlex.join([str(recipe), *overrides])} --resume"
+
+
 def start_folder(folder: Path, recipe: Recipe) -> None:
     """Clears an earlier run out of its folder and writes the recipe: only once data, model and targets are known to be good."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +180,7 @@ def start_folder(folder: Path, recipe: Recipe) -> None:
         shutil.rmtree(folder / old, ignore_errors=True)
     for old in ("result.json", "before.json", "metrics.jsonl", "predictions.jsonl", "loss.png"):
         (folder / old).unlink(missing_ok=True)
-    (folder / "recipe.yaml").write_text(resolved(recipe))
+    write_text(folder / "recipe.yaml", resolved(recipe))
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:
@@ -160,22 +220,34 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any
 
 
 def train(
-    recipe: Recipe, loss: TokenLoss, model: Any, optimizer: Any, sets: dict[str, data.Examples], accelerator: Accelerator, folder: Path,
-    handles: dict[str, methods.Handle], console: Console, resume: bool,
+    recipe: Recipe, loss: TokenLoss, model: Any, optimizer: Any, sets: dict[str, Any], accelerator: Accelerator, folder: Path,
+    handles: dict[str, methods.Handle], console: Console, resume: bool, scores: Scorer, tripwires: Tripwires,
 ) -> training.TrainStats:  # fmt: skip
-    """The training stage with its rows packed or not, its progress bar and metrics.jsonl."""
+    """The training stage with its rows packed or not, its progress bar, metrics.jsonl and trackers."""
     rows = data.make_rows(sets["train"], recipe.data)
     grouped = recipe.data.group_by_length and not recipe.data.packing
     steps = recipe.train.steps(len(rows))
     found = checkpoints(folder / "checkpoints") if resume else []
     start = int(found[-1].name.removeprefix("step-")) if found else 0
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
+    latest = ""  # evaluation loss, for the progress bar
     with bar(console, "training", steps, start) as shown:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
-            shown.advance(1, f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s")
-            if log is not None and (step % recipe.train.log_every == 0 or step in (1, steps)):
-                log.write({"step": step, **{key: value for key, value in metrics.items() if key != "steps"}})
+            memory = human(metrics["peak_memory_bytes"])
+            shown.advance(1, f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  {memory}{latest}")
+            if step % recipe.train.log_every == 0 or step in (1, steps):
+                report(step, {key: value for key, value in metrics.items() if key != "steps"})
+
+        def on_evaluation(step: int, value: float) -> None:
+            nonlocal latest
+            latest = f"  eval loss {value:.4f}"
+            report(step, {"eval_loss": value})
+
+        def report(step: int, values: dict[str, float]) -> None:
+            if log is not None:
+                log.write({"step": step, **values})
+            accelerator.log(values, step=step)
 
         return training.train(
             loss, model, optimizer, rows, lambda part: to_batch(part, loss),
@@ -184,6 +256,8 @@ def train(
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
             autocast=recipe.train.full_finetuning and resolve_dtype(recipe.model.dtype) == torch.bfloat16,
             lengths=sets["train"].lengths.tolist() if grouped else None,
+            where=lambda row: [example.where for example in row],
+            evaluate=scores.loss_now if sets["eval"] else None, on_evaluation=on_evaluation, tripwires=tripwires,
         )  # fmt: skip
 
 
@@ -197,7 +271,9 @@ def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[st
 class Scorer:
     """Evaluates before and after training, with progress and the single answers kept."""
 
-    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, loss: TokenLoss, sets: dict[str, Any], console: Console, writes: bool = True):
+    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, loss: TokenLoss, sets: dict[str, Any], console: Console, writes: bool = True,
+                 guard: Callable[[str], AbstractContextManager[Any]] = nullcontext):  # fmt: skip
+        self.guard = guard
         self.recipe, self.model, self.tokenizer, self.loss, self.console, self.writes = recipe, model, tokenizer, loss, console, writes
         self.main = evaluate.EvalSet("eval", sets["eval"], sets.get("choices", ())) if sets["eval"] else None
         self.retained = [evaluate.EvalSet(name, sets[name]) for name in recipe.eval.retained]
@@ -216,7 +292,7 @@ class Scorer:
         total = evaluate.steps(self.main, self.retained, self.recipe.eval)
         if not total:
             return {}
-        with bar(self.console, f"evaluation {when} training", total) as shown:
+        with bar(self.console, f"evaluation {when} training", total) as shown, self.guard(f"{when} training"):
             found = evaluate.evaluate(
                 self.model, self.tokenizer, self.loss, self.main, self.retained, self.recipe.eval,
                 lambda examples: to_batch([[example] for example in examples], self.loss), lambda count: shown.advance(count),
@@ -229,17 +305,29 @@ class Scorer:
             predictions.write_text("".join(line + "\n" for line in lines))
         return found.values
 
+    def loss_now(self) -> float:
+        """The loss on the evaluation set, in the middle of training."""
+        config = self.recipe.eval.model_copy(update={"metrics": ["loss"]})
+        found = evaluate.evaluate(
+            self.model, self.tokenizer, self.loss, self.main, [], config, lambda examples: to_batch([[example] for example in examples], self.loss)
+        )
+        return found.values["loss"]
+
 
 def save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes the adapter (or the whole model, after full finetuning) and says how large it is."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     modules = sum(methods.describe(model).modules.values()) if recipe.methods else 0
+    target = folder / ("model" if recipe.train.full_finetuning else "adapter")
+    writing = folder / f".writing-{target.name}"  # renamed once it is whole
+    shutil.rmtree(writing, ignore_errors=True)
     if recipe.train.full_finetuning:
-        target = folder / "model"
         if recipe.methods:
             methods.detach(model)
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        model.save_pretrained(writing)
+        tokenizer.save_pretrained(writing)
     else:
-        target = save_adapter(model, folder / "adapter", tokenizer=tokenizer, recipe=recipe.model_dump())
+        save_adapter(model, writing, tokenizer=tokenizer, recipe=recipe.model_dump())
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(writing, target)
     return {"trainable_parameters": trained, "bytes": sum(f.stat().st_size for f in target.glob("*.safetensors")), "modules": modules}

@@ -1,26 +1,37 @@
-"""The training loop, on accelerate: accumulate, clip, step, log, save, resume."""
+"""The training loop, on accelerate: accumulate, clip, step, log, evaluate, save, resume."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
-from peftkit.checkpoint import checkpoints, load_checkpoint, restore_parameters, save_checkpoint
+from peftkit.activations import Checkpointing, compile_body, enable_checkpointing
+from peftkit.checkpoint import CheckpointError, checkpoints, load_checkpoint, restore_parameters, save_checkpoint
 from peftkit.config import Config
 from peftkit.data import DataOrder
+from peftkit.interrupts import Interrupted, Interrupts
 from peftkit.memory import peak_memory_bytes
 from peftkit.methods import Handle
 from peftkit.optim import schedule
+from peftkit.tripwires import STEPS_TO_MOVE, TrainingStopped, Tripwire, Tripwires
+
+__all__ = ["TrainConfig", "TrainStats", "TrainingStopped", "compile_body", "enable_checkpointing", "train"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainConfig(Config):
@@ -44,10 +55,12 @@ class TrainConfig(Config):
     """Share of the steps over which the learning rate rises."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
-    """auto: paged 8-bit AdamW for qlora on a GPU, else AdamW."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in backward instead of keeping them."""
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    """auto: paged 8-bit AdamW for qlora on a GPU, else AdamW. The paged one needs a GPU."""
+    gradient_checkpointing: Checkpointing = False
+    """Compute activations again in backward instead of keeping them; selective keeps the output of fused attention."""
+    torch_compile: bool = False
+    """Translate the model's forward with torch.compile: minutes at the start, faster steps on a GPU."""
     full_finetuning: bool = False
     """Train every parameter of the base (fp32 weights, bfloat16 arithmetic where there is any) instead of adapters."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -57,21 +70,29 @@ class TrainConfig(Config):
     save_every: int | None = Field(None, gt=0)
     """Steps between checkpoints; null saves none on the way."""
     keep_last: int = Field(2, gt=0)
-    """How many checkpoints to keep."""
+    """How many checkpoints to keep, the newest."""
+    eval_every: int | None = Field(None, gt=0)
+    """Steps between evaluations of the loss on the evaluation set; null evaluates before and after training only."""
+    keep_best: int = Field(1, ge=0)
+    """With eval_every: how many checkpoints to keep besides, those of the lowest evaluation loss. The run ends with the best; 0 ends with the last."""
+    patience: int | None = Field(None, gt=0)
+    """With eval_every: stop after this many evaluations in a row without a lower loss."""
+    warn_only: list[Tripwire] = []
+    """Tripwires that warn instead of stopping the run."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Where metrics go besides metrics.jsonl, through accelerate's trackers."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.max_steps and self.num_epochs:
             raise ValueError("max_steps and num_epochs are both given; keep one")
+        if self.patience and not self.eval_every:
+            raise ValueError("patience counts evaluations, and there are none on the way: give eval_every")
         return self
 
     def steps(self, rows: int) -> int:
         """Optimizer steps for a training set of `rows` rows."""
         return self.max_steps or math.ceil(rows * (self.num_epochs or 1.0) / self.batch_size)
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot sensibly go on; the message says why and what to do."""
 
 
 @dataclass
@@ -94,11 +115,38 @@ class TrainStats:
         }
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Has a transformers model compute its activations again in backward (non-reentrant, so that frozen inputs do no harm)."""
-    # Renamed in transformers 5.2x; the old name warns there, the new one is missing in 5.17.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+@dataclass
+class Evaluations:
+    """The evaluations on the way: the steps of lowest loss, and how long it has not fallen."""
+
+    keep: int
+    patience: int | None
+    best: list[tuple[float, int]] = field(default_factory=list)
+    """(loss, step), lowest first, at most `keep`."""
+    lowest: float = math.inf
+    without_progress: int = 0
+
+    def add(self, step: int, loss: float) -> bool:
+        """Takes a loss in; whether it is among the lowest."""
+        self.without_progress = 0 if loss < self.lowest else self.without_progress + 1
+        self.lowest = min(self.lowest, loss)
+        self.best = sorted([*self.best, (loss, step)])[: self.keep]
+        return (loss, step) in self.best
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience is at its end."""
+        return self.patience is not None and self.without_progress >= self.patience
+
+    @property
+    def steps(self) -> set[int]:
+        return {step for _, step in self.best}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "lowest": self.lowest, "without_progress": self.without_progress}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.lowest, self.without_progress = state["best"], state["lowest"], state["without_progress"]
 
 
 def train(
@@ -117,83 +165,163 @@ def train(
     resume: bool = False,
     autocast: bool = False,
     lengths: Sequence[int] | None = None,
+    *,
+    where: Callable[[Any], Sequence[str]] = lambda row: [repr(row)[:80]],
+    evaluate: Callable[[], float] | None = None,
+    on_evaluation: Callable[[int, float], None] = lambda step, loss: None,
+    tripwires: Tripwires | None = None,
 ) -> TrainStats:
     """Trains `model` through `loss` on `rows`; checkpoints go to `folder`, metrics of every step to `on_step`.
 
-    `to_batch` makes the loss's input of rows, `length` and `supervised` count a row's tokens, padding left out. Losses are summed over the
-    micro-batches and devices of a step and divided once by the step's supervised tokens, so that accumulation does not
-    change them. With `lengths` (tokens of each row), rows of similar length share a step. With `autocast` the forward
-    runs in bfloat16 over weights of higher precision. Raises TrainingStopped on a loss or gradient that is not finite.
+    `to_batch` makes the loss's input of rows, in a thread of its own ahead of the steps; `length` and `supervised` count a row's tokens, padding
+    left out; `where` says where a row comes from. With `lengths` (tokens of each row), rows of
+    similar length share a step. Losses are summed over the micro-batches and devices of a step and divided once by the step's
+    supervised tokens, so that accumulation does not change them; the host waits for the device once a step. With `autocast` the forward runs in
+    bfloat16 over weights of higher precision. `evaluate` gives the loss on the evaluation set, every config.eval_every steps.
+
+    Raises TrainingStopped where a tripwire trips, Interrupted after a signal and its checkpoint, CheckpointError where a checkpoint cannot be
+    written or read.
     """
     steps = config.steps(len(rows))
     order = DataOrder(len(rows), config.batch_size, config.seed, lengths)
     factor = schedule(config.lr_scheduler, steps, config.warmup_ratio)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tripwires = tripwires or Tripwires(model, handles, config.warn_only, logger.warning)
+    evaluations = Evaluations(config.keep_best, config.patience)
+    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "evaluations": evaluations, "tripwires": tripwires}
     stats = TrainStats()
+    rank, world = accelerator.process_index, accelerator.num_processes
     if resume and (found := checkpoints(folder)):
         tensors, state = load_checkpoint(found[-1])
         restore_parameters(model, tensors)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        for name, handle in handles.items():
-            handle.load_state_dict(state["handles"][name])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         stats = TrainStats(**state["stats"])
-        _set_rng(state["rng"])
-    rank, world = accelerator.process_index, accelerator.num_processes
+        if len(state["devices"]) != world:
+            raise CheckpointError(f"{found[-1]} was written by {len(state['devices'])} processes, this run has {world}: resume with as many")
+        _set_randomness(state["devices"][rank], handles)
     micro = config.micro_batch_size or math.ceil(config.batch_size / world)
-    prepared = accelerator.prepare(loss)
+
+    def mine(step: int) -> list[list[Any]]:
+        """The rows of a step that this process takes, by micro-batch."""
+        batch = [rows[i] for i in order[step]][rank::world]
+        return [batch[start : start + micro] for start in range(0, len(batch), micro)]
+
+    def save() -> Path:
+        devices = gather_object([_randomness(handles)])
+        tripwires.base_unchanged(f"up to step {stats.steps}")
+        path = folder / f"step-{stats.steps:06d}"
+        if accelerator.is_main_process:
+            state = {name: part.state_dict() for name, part in parts.items()} | {"stats": vars(stats), "devices": devices}
+            path = save_checkpoint(folder, stats.steps, trained, state, config.keep_last, keep=evaluations.steps)
+        accelerator.wait_for_everyone()
+        return path
+
+    first, prepared = stats.steps, accelerator.prepare(loss)
     model.train()
-    while stats.steps < steps:
-        started = time.perf_counter()
-        batch = [rows[i] for i in order[stats.steps]]
-        tokens = sum(supervised(row) for row in batch)  # of all devices: each holds the order, so no one needs to ask
-        total = torch.zeros((), device=accelerator.device)
-        mine = batch[rank::world]
-        for start in range(0, len(mine), micro):
-            inputs = to_batch(mine[start : start + micro])
-            last = start + micro >= len(mine)
-            with nullcontext() if last else accelerator.no_sync(prepared):
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=autocast):
-                    part, _ = prepared(**inputs)
-                accelerator.backward(part * (world / max(tokens, 1)))
-            total += part.detach()
-        norm = float(accelerator.clip_grad_norm_(list(trained.values()), config.max_grad_norm))
-        value = float(accelerator.reduce(total, "sum")) / max(tokens, 1)
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise TrainingStopped(
-                f"non-finite loss ({value}) or gradient norm ({norm}) at step {stats.steps + 1}, rows {order[stats.steps]}: "
-                "lower train.learning_rate, or use dtype bfloat16 or float32 if this is float16; earlier checkpoints are whole"
-            )
-        rate = float(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        stats.steps += 1
-        stats.tokens += sum(length(row) for row in batch)
-        stats.supervised_tokens += tokens
-        stats.seconds += time.perf_counter() - started
-        on_step(stats.steps, {"loss": value, "gradient_norm": norm, "learning_rate": rate, **stats.summary()})
-        if config.save_every and stats.steps % config.save_every == 0 and stats.steps < steps and accelerator.is_main_process:
-            state = {
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "handles": {name: handle.state_dict() for name, handle in handles.items()},
-                "stats": vars(stats),
-                "rng": _rng(),
-            }
-            save_checkpoint(folder, stats.steps, trained, state, config.keep_last)
+    ahead = prefetched((part for step in range(stats.steps, steps) for part in mine(step)), to_batch)
+    with Interrupts() as interrupts, closing(ahead):
+        while stats.steps < steps and not evaluations.exhausted:
+            started = time.perf_counter()
+            step, batch = stats.steps + 1, [rows[i] for i in order[stats.steps]]
+            tokens = sum(supervised(row) for row in batch)  # of all devices: each holds the order, so no one needs to ask
+            tripwires.supervised(tokens, step, lambda batch=batch: _origins(batch, where))  # type: ignore[misc]
+            micro_batches, losses = mine(stats.steps), []
+            for i in range(len(micro_batches)):
+                with nullcontext() if i == len(micro_batches) - 1 else accelerator.no_sync(prepared):
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=autocast):
+                        part, _ = prepared(**next(ahead))
+                    accelerator.backward(part * (world / max(tokens, 1)))
+                losses.append(part.detach())
+            norm = torch.as_tensor(accelerator.clip_grad_norm_(list(trained.values()), config.max_grad_norm))
+            total, norm_value, signals = _to_host(accelerator, sum(losses, torch.zeros_like(losses[0])), norm, interrupts.number)
+            value = total / max(tokens, 1)
+            if tripwires.finite(value, norm_value, step, lambda m=micro_batches, p=losses: _bad_rows(m, p, where)):  # type: ignore[misc]
+                optimizer.step()
+                tripwires.rising(value, step)
+            rate = float(scheduler.get_last_lr()[0])
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            stats.steps += 1
+            stats.tokens += sum(length(row) for row in batch)
+            stats.supervised_tokens += tokens
+            stats.seconds += time.perf_counter() - started
+            on_step(step, {"loss": value, "gradient_norm": norm_value, "learning_rate": rate, **stats.summary()})
+            if step == min(first + STEPS_TO_MOVE, steps):
+                tripwires.adapters_moved(step - first)
+            best = False
+            if evaluate is not None and config.eval_every and (step % config.eval_every == 0 or step == steps):
+                with tripwires.quiet(f"at step {step}"):
+                    evaluation = evaluate()
+                if not tripwires.finite(evaluation, norm_value, step, lambda: ["the evaluation set"]):
+                    evaluation = math.inf
+                best = evaluations.add(step, evaluation)
+                on_evaluation(step, evaluation)
+            if signals or (step < steps and (best or (config.save_every and step % config.save_every == 0))):
+                path = save()
+                if signals:
+                    raise Interrupted(signals, step, path)
+        if signals := _to_host(accelerator, zero := torch.zeros((), device=accelerator.device), zero, interrupts.number)[2]:
+            raise Interrupted(signals, stats.steps, save())  # it came after the last step was taken
+    tripwires.base_unchanged("at the end")
+    _end_with_the_best(model, evaluations, folder, stats.steps)
     return stats
 
 
-def _rng() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+def prefetched(items: Iterable[Any], make: Callable[[Any], Any], ahead: int = 2) -> Generator[Any, None, None]:
+    """make(item) for every item, in their order, made in another thread while the results before it are used. What `make` raises is raised here."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        waiting: deque[Any] = deque()
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _to_host(accelerator: Accelerator, total: Tensor, norm: Tensor, signal: int) -> tuple[float, float, int]:
+    """(loss summed over the devices, gradient norm, signal that any of them got): the step's one wait for the device."""
+    if accelerator.num_processes == 1:  # a float, and not a tensor made of one: nothing is sent to the device
+        value, length = torch.stack([total.float(), norm.to(total.device).float()]).tolist()
+        return value, length, signal
+    signals = nn.functional.one_hot(torch.tensor(signal, device=total.device), 32)  # by number, so that a sum over devices keeps it
+    numbers: Tensor = accelerator.reduce(torch.cat([total.float().view(1), signals.float()]), "sum")  # type: ignore[assignment]
+    value, *counts, length = torch.cat([numbers, norm.to(total.device).float().view(1)]).tolist()
+    return value, length, max((i for i in range(1, 32) if counts[i]), default=0)
+
+
+def _origins(batch: Sequence[Any], where: Callable[[Any], Sequence[str]]) -> list[str]:
+    return [place for row in batch for place in where(row)]
+
+
+def _bad_rows(micro_batches: list[list[Any]], losses: list[Tensor], where: Callable[[Any], Sequence[str]]) -> list[str]:
+    """Where the rows of the micro-batches without a finite loss come from; of all, where only the gradient is not finite. To be asked on every device."""
+    wild = [_origins(part, where) for part, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(float(loss))]
+    found = gather_object([(wild, [_origins(part, where) for part in micro_batches])])
+    chosen = [places for wild, _ in found for places in wild] or [places for _, every in found for places in every]
+    return [place for places in chosen for place in places]
+
+
+def _end_with_the_best(model: nn.Module, evaluations: Evaluations, folder: Path, step: int) -> None:
+    """Puts the parameters of the lowest evaluation loss back, where they are not those of the last step."""
+    if evaluations.best and (best := evaluations.best[0][1]) != step:
+        restore_parameters(model, load_checkpoint(folder / f"step-{best:06d}")[0])
+        logger.info("the parameters of step %d, which had the lowest evaluation loss", best)
+
+
+def _randomness(handles: dict[str, Handle]) -> dict[str, Any]:
+    """Every generator that this process draws from in training."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "handles": {name: handle.state_dict() for name, handle in handles.items()}}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
-def _set_rng(state: dict[str, Any]) -> None:
+def _set_randomness(state: dict[str, Any], handles: dict[str, Handle]) -> None:
     torch.set_rng_state(state["torch"])
+    for name, handle in handles.items():
+        handle.load_state_dict(state["handles"][name])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -22,7 +22,21 @@ LEVELS = [
     ["run"],
     ["recipe", "result"],
     ["train", "evaluate", "average"],  # the loop saves checkpoints, follows a schedule and measures memory; averaging reads and writes adapters
-    ["data", "model", "optim", "loss", "checkpoint", "merge", "adopt", "memory", "builtin.tasks"],
+    [
+        "data",
+        "model",
+        "optim",
+        "loss",
+        "checkpoint",
+        "merge",
+        "adopt",
+        "memory",
+        "tripwires",
+        "activations",
+        "interrupts",
+        "trackers",
+        "builtin.tasks",
+    ],
     ["adapter_file", "provenance"],  # the format, which `checkpoint` writes and loads into models
     ["builtin"],  # the words and families of the embedded tasks
     ["methods"],

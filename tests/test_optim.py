@@ -73,7 +73,7 @@ def test_paged_optimizer_needs_a_gpu_and_names_are_known(saved_llama):
     pk.attach(model, pk.QLoRA(r=2))
     with pytest.raises(ValueError, match="paged_adamw_8bit needs the model on a GPU; use adamw here"):
         pk.build_optimizer(model, optimizer="paged_adamw_8bit")
-    with pytest.raises(ValueError, match=r"unknown optimizer 'adam' \(there are: auto, adamw, paged_adamw_8bit\)"):
+    with pytest.raises(ValueError, match=r"unknown optimizer 'adam' \(there are: auto, adamw, adamw_8bit, paged_adamw_8bit\)"):
         pk.build_optimizer(model, optimizer="adam")
     assert type(pk.build_optimizer(model)) is torch.optim.AdamW, "auto on a CPU"
 

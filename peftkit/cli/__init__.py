@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 failed, 2 bad recipe or usage. Nothing heavy is imported b
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Annotated
 
@@ -14,6 +16,8 @@ from peftkit.cli.bench import bench
 from peftkit.cli.show import doctor, methods, recipes
 from peftkit.cli.train import check, rehearse, run
 from peftkit.cli.use import chat, evaluate, export, generate, merge
+
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 app = typer.Typer(help="Parameter-efficient finetuning of Hugging Face models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(run)
@@ -51,14 +55,26 @@ def _report(error: Exception) -> int:
     """Prints what a person can act on and returns the exit code; a bug of ours keeps its traceback."""
     from peftkit.config import ConfigError
 
+    def say(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+            typer.secho(text, fg="red", err=True)
+
     if isinstance(error, ConfigError):
-        typer.secho(f"error: {error}", fg="red", err=True)
+        say(f"error: {error}")
         return 2
+    from peftkit.interrupts import Interrupted
+
+    if isinstance(error, Interrupted):
+        say("\n".join([f"stopped: {error}", *getattr(error, "__notes__", [])]))
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        say(f"failed: {error.strerror}: {error.filename or 'while writing'}; what was complete before is untouched. Make room, or give another folder")
+        return 1
     from peftkit.checkpoint import CheckpointError
     from peftkit.merge import MergeError
     from peftkit.train import TrainingStopped
 
     if isinstance(error, (CheckpointError, MergeError, TrainingStopped)):
-        typer.secho(f"failed: {error}", fg="red", err=True)
+        say(f"failed: {error}")
         return 1
     raise error

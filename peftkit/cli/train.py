@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -22,7 +23,8 @@ def run(
 
     quiet_libraries()
     result = run_recipe(recipe_path(recipe), overrides or [], resume, stderr())
-    print_result(result)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print_result(result)
 
 
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:

@@ -626,3 +626,19 @@ def test_wrong_usage_of_the_commands(tmp_path, monkeypatch, capfd):
     ):
         assert exit_code("bench", *arguments) == 2
         assert said in " ".join(capfd.readouterr().err.split())
+
+
+def test_sources_mixed_in_and_folders_are_inputs_of_a_cell(tmp_path):
+    (tmp_path / "old.jsonl").write_text("{}")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_text("{}")
+    recipe = {"data": {"train": str(tmp_path / "rows"), "replay": {"source": str(tmp_path / "old.jsonl"), "share": 0.1}}}
+    before = suite_module._inputs(recipe)
+    assert len(before) == 2
+    for path in ("old.jsonl", "rows/a.jsonl"):
+        (tmp_path / path).write_text("[]")
+        changed = suite_module._inputs(recipe)
+        assert changed != before
+        before = changed
+    (tmp_path / "rows" / "b.jsonl").write_text("{}")
+    assert len(suite_module._inputs(recipe)) == 3

@@ -220,13 +220,44 @@ def test_every_file_format_gives_the_same_examples(tmp_path, suffix):
     examples, report = load_examples(config(train=str(path)), tokenizer(), "train")
     assert [example.answer for example in examples] == [f"00{i + 1}" for i in range(10)]  # text stays text
     assert (report.format, report.rows, report.kept) == ("prompt/completion", 10, 10)
-    assert examples[0].where == f"{path}{ {'jsonl': ':1', 'csv': ':2'}.get(suffix, '[0]') }"
+    assert examples[0].where == f"{path}{ {'parquet': '[0]', 'csv': ':2'}.get(suffix, ':1') }"
 
 
 def test_a_json_file_may_hold_json_lines(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("\n".join(map(json.dumps, PAIRS)))
     assert load_examples(config(train=str(path)), tokenizer(), "train")[0][3].where == f"{path}:4"
+
+
+def test_rows_of_a_json_array_are_told_by_the_line_they_begin_on(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c\n", "completion": "[]"}, {"prompt": "e", "completion": " "}]
+    path.write_text("\n" + json.dumps(rows, indent=2) + "\n")
+    with pytest.raises(ConfigError, match=rf"1 of 3 rows.*\n  {path}:11: the answer is empty"):
+        load_examples(config(train=str(path)), tokenizer(), "train")
+    assert path.read_text().split("\n")[10] == "  {"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(ConfigError, match=r"rows.json\[2\]: the answer is empty"):
+        load_examples(config(train=str(path)), tokenizer(), "train")
+    assert len(load_examples(config(train=str(path), train_rows=2), tokenizer(), "train")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"text": "a"}\n {"text": "b"}]', "rows.json:2: not JSON \\(Expecting ',' delimiter, column 2"),
+        ('[{"text": "a"},\n]', "rows.json:2: not JSON \\(Expecting value"),
+        ('[{"text": "a"}', "rows.json:1: not JSON \\(Expecting ',' delimiter"),
+        ('[{"text": "a"}]\n\n[]', "rows.json:3: not JSON \\(Extra data"),
+        ("[", "rows.json:1: not JSON \\(Expecting value"),
+        ('"a"', "expected an array of rows, found text"),
+        (" [ ] ", "there are no rows"),
+    ],
+)
+def test_broken_json_arrays_say_where(tmp_path, text, message):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_examples(config(train=str(tmp_path / "rows.json")), tokenizer(), "train")
 
 
 def test_builtin_tasks():
@@ -277,8 +308,8 @@ def test_options_that_text_cannot_use_are_refused(tmp_path, options):
 def test_holdout_takes_the_last_rows_and_the_first_n_of_each_part(tmp_path):
     path = write(tmp_path / "rows.json", PAIRS)
     parted = config(train=path, holdout=0.3, train_rows=4, eval_rows=2)
-    assert [example.where[-3:] for example in load_examples(parted, tokenizer(), "train")[0]] == ["[0]", "[1]", "[2]", "[3]"]
-    assert [example.where[-3:] for example in load_examples(parted, tokenizer(), "eval")[0]] == ["[7]", "[8]"]
+    assert [example.where[-2:] for example in load_examples(parted, tokenizer(), "train")[0]] == [":1", ":2", ":3", ":4"]
+    assert [example.where[-2:] for example in load_examples(parted, tokenizer(), "eval")[0]] == [":8", ":9"]
     examples, report = load_examples(config(train=path), tokenizer(), "eval")
     assert examples == [] and report.rows == 0 and "no rows" in report.lines()[0]
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,14 +155,32 @@ def test_where_nothing_can_be_written_the_rows_stay_in_memory_and_it_is_said(sou
     assert examples == in_memory(source) and any("tokenised rows are not kept, because" in note for note in report.notes)
 
 
-def test_a_full_disk_costs_the_cache_not_the_run(source, tmp_path, monkeypatch):
-    def full(self, batch):
-        raise OSError(28, "No space left on device")
+LOAD = """
+import sys; sys.path.insert(0, sys.argv[2])
+from chat_templates import family_tokenizer
+from peftkit.data import DataConfig, cache, load, load_examples
+cache.SMALL = load.SMALL = 0
+examples, report = load_examples(DataConfig(train=sys.argv[1]), family_tokenizer('chatml'), 'train')
+print(len(examples), examples.lengths.sum(), examples[299].answer, *report.notes[-1:] if sys.argv[3:] else [])
+"""
+ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 
-    add = cache.Store.add
-    monkeypatch.setattr(cache.Store, "add", lambda self, batch: full(self, batch) if self.path else add(self, batch))
-    examples, report = read(source)
-    assert len(examples) == 300 and any("No space left" in note for note in report.notes) and kept(tmp_path) == []
+
+def test_a_full_disk_costs_the_cache_not_the_run(source, tmp_path):
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))" + LOAD  # no file can grow larger
+    done = subprocess.run([sys.executable, "-c", limited, str(source), str(HERE), "notes"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("300 "), done.stderr
+    assert "tokenised rows are not kept, because" in done.stdout and kept(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_is_removed_once_it_is_old(source, tmp_path):
+    folder = tmp_path / "home" / "peftkit" / "tokenised"
+    folder.mkdir(parents=True)
+    for name, age in (("old.arrow.x.part", 2 * cache.ABANDONED), ("new.arrow.x.part", 0)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    read(source)
+    assert [file.name for file in kept(tmp_path) if file.suffix == ".part"] == ["new.arrow.x.part"]
 
 
 def test_few_rows_and_built_in_ones_and_cache_false_leave_no_file(source, tmp_path, monkeypatch):
@@ -186,16 +205,7 @@ def test_the_folder_follows_the_conventions(monkeypatch, env, folder):
 
 
 def test_writers_side_by_side(source, tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "from chat_templates import family_tokenizer\n"
-        "from peftkit.data import DataConfig, cache, load, load_examples\n"
-        "cache.SMALL = load.SMALL = 0\n"
-        "examples, report = load_examples(DataConfig(train=sys.argv[1]), family_tokenizer('chatml'), 'train')\n"
-        "print(len(examples), examples.lengths.sum(), examples[299].answer)\n"
-    )
-    root, here = Path(__file__).parents[1], Path(__file__).parent
-    running = [subprocess.Popen([sys.executable, "-c", code, str(source), str(here)], stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
+    running = [subprocess.Popen([sys.executable, "-c", LOAD, str(source), str(HERE)], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
     told = {writer.communicate(timeout=120)[0] for writer in running}
     assert [writer.returncode for writer in running] == [0, 0, 0] and len(told) == 1
     assert len(kept(tmp_path)) == 1 and read(source)[0] == in_memory(source)

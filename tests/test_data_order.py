@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from peftkit.data import DataOrder
+from peftkit.run import run
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -49,3 +52,27 @@ def test_without_lengths_the_order_is_what_it_was():
         DataOrder(3, 2, 0, [1, 2])
     with pytest.raises(ValueError, match="an order needs rows"):
         DataOrder(0, 2, 0)
+
+
+@pytest.mark.parametrize("options, grouped", [({}, True), ({"group_by_length": False}, False), ({"packing": True}, False)])
+def test_a_run_groups_its_rows_unless_they_are_packed_or_it_is_told_not_to(tmp_path, monkeypatch, options, grouped):
+    asked = []
+
+    class Watched(DataOrder):
+        def __init__(self, rows, batch_size, seed, lengths=None):
+            asked.append(lengths)
+            super().__init__(rows, batch_size, seed, lengths)
+
+    monkeypatch.setattr("peftkit.train.DataOrder", Watched)
+    rows = [{"text": "word " * (1 + i % 7)} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = {
+        "model": {"name": "builtin:tiny"},
+        "methods": [{"lora": {"r": 2}}],
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 64, **options},
+        "train": {"max_steps": 1, "batch_size": 4},
+        "output_dir": str(tmp_path / "out"),
+    }
+    run(recipe, console=Console(quiet=True))
+    [lengths] = asked
+    assert (lengths is not None) == grouped and (not grouped or (len(lengths) == 12 and len(set(lengths)) == 7))

@@ -187,7 +187,7 @@ def test_replay_makes_up_its_share_of_the_tokens(tmp_path):
     assert numbers == sorted(set(numbers)) and max(numbers) > 300, "drawn from the whole corpus, no row twice"
     assert examples == load_examples(config(train=new, replay={"source": old, "share": 0.1}), PLAIN, "train")[0]
     assert report.tokens == examples.lengths.sum() and report.kept == 100
-    assert any("mixed in" in line and "10.0% of all tokens" in line for line in report.lines())
+    assert any("mixed in: " in line for line in report.lines()) and any("of all tokens, 10.0% were asked for" in line for line in report.lines())
 
 
 def test_several_sources_are_mixed_and_short_ones_repeated_which_is_said(tmp_path):
@@ -198,7 +198,7 @@ def test_several_sources_are_mixed_and_short_ones_repeated_which_is_said(tmp_pat
     tokens = {part: sum(len(e.input_ids) for e in examples if part in e.where) for part in ("new.jsonl", "old.jsonl", "book.txt")}
     total = sum(tokens.values())
     assert {part: count / total for part, count in tokens.items()} == pytest.approx({"new.jsonl": 0.4, "old.jsonl": 0.2, "book.txt": 0.4}, abs=0.01)
-    assert any("book.txt" in part.source and "7 rows are taken" in part.notes[-1] and "times" in part.notes[-1] for part in report.parts)
+    assert any("book.txt" in part.source and "7 rows are taken" in part.notes[-2] and "times" in part.notes[-2] for part in report.parts)
     assert len(load_examples(mixed.model_copy(update={"eval": new}), PLAIN, "eval")[0]) == 100, "nothing is mixed into what is evaluated"
     assert len(load_examples(mixed.alone(new, rows=7), PLAIN, "train")[0]) == 7
 

@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SMALL = 2**21  # bytes; fewer are made anew as fast as they are read
 TAIL = struct.Struct("<8sQQ32s")  # magic, bytes of Arrow, bytes of JSON, SHA-256 of both
 MAGIC = b"peftkit1"
 BLOCK = 2**22
+ABANDONED = 86400  # seconds after which a file that is not whole is no longer being written
 
 
 class DamagedCacheError(Exception):
@@ -64,6 +66,9 @@ class Store:
             if self.path is None or self.bytes < SMALL:
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for left in self.path.parent.glob("*.part"):  # by a process that was killed
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink(missing_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.name}.", suffix=".part")
             os.close(handle)
             self.part = Path(name)

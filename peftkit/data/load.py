@@ -79,9 +79,13 @@ def mix(examples: Examples, report: DataReport, config: DataConfig, tokenizer: P
         own.lengths = joined[-1].lengths.tolist()
         own.tokens, own.supervised_tokens = taken, int(joined[-1].supervised.sum())
         again = f"; all {len(others)} rows are taken {len(picks) / len(others):.1f} times" if passes > 1 else ""
-        own.notes.append(f"mixed in: {len(picks)} rows of {len(others)}, {taken} tokens, to be {part.share:.1%} of all tokens{again}")
+        own.notes.append(f"mixed in: {len(picks)} rows of {len(others)}{again}")
         report.parts.append(own)
-    return Examples.joined(joined)
+    everything = Examples.joined(joined)
+    total = int(everything.lengths.sum())
+    for part, own in zip(config.parts, report.parts, strict=True):
+        own.notes.append(f"{own.tokens / total:.1%} of all tokens, {part.share:.1%} were asked for")
+    return everything
 
 
 # ------------------------------------------------------------------------------------------------------ one source

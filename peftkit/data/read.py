@@ -27,7 +27,7 @@ class BadRow:
     """A row that is left out, and why."""
 
     where: str
-    """`file:line` (JSON lines, CSV) or `source[index]`, counted from 0."""
+    """`file:line`, counted from 1, or, where rows have no lines of their own, `source[index]`, counted from 0."""
 
     reason: str
     too_long: bool = False
@@ -148,16 +148,50 @@ def read_builtin(spec: str) -> Iterator[Record | BadRow]:
 def read_json(path: Path) -> Iterator[Record | BadRow]:
     """A JSON array of objects; a .json file may hold JSON lines too."""
     text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return read_array(path, text)
     try:
         rows = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # one value after another: JSON lines
             raise ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
         return read_lines(path)
-    if not isinstance(rows, list):
+    if rows:
         keys = f" with the keys {', '.join(map(repr, rows))}" if isinstance(rows, dict) else ""
         raise ConfigError(f"{path}: expected an array of rows, found {kind(rows)}{keys}")
-    return (as_record(f"{path}[{i}]", row) for i, row in enumerate(rows))
+    return iter(())
+
+
+def read_array(path: Path, text: str) -> Iterator[Record | BadRow]:
+    """The elements of a JSON array, one at a time, so that each can be told by the line it begins on (by its index, where all are on one)."""
+    space, decode = re.compile(r"\s*"), json.JSONDecoder().raw_decode
+    one_line = "\n" not in text.strip()
+    at, counted, line, index = text.index("[") + 1, 0, 1, 0
+
+    def after_space(place: int) -> int:
+        found = space.match(text, place)
+        return found.end() if found else place
+
+    def wrong(message: str, place: int) -> ConfigError:
+        error = json.JSONDecodeError(message, text, place)
+        return ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})")
+
+    at = after_space(at)
+    closed = text[at : at + 1] == "]"
+    while not closed:
+        try:
+            row, end = decode(text, at)
+        except json.JSONDecodeError as error:
+            raise wrong(error.msg, error.pos) from error
+        line, counted = line + text.count("\n", counted, at), at
+        yield as_record(f"{path}[{index}]" if one_line else f"{path}:{line}", row)
+        index, at = index + 1, after_space(end)
+        closed = text[at : at + 1] == "]"
+        if not closed and text[at : at + 1] != ",":
+            raise wrong("Expecting ',' delimiter", at)
+        at = at if closed else after_space(at + 1)
+    if text[at + 1 :].strip():
+        raise wrong("Extra data", after_space(at + 1))
 
 
 def read_lines(path: Path) -> Iterator[Record | BadRow]:

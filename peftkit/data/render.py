@@ -178,16 +178,17 @@ class Renderer:
     def draft_by_spans(self, row: Row) -> Draft:
         """The spans of the turns in the text that the template makes of all of them."""
         messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
-        text, spans = self.chat(messages, tools), []
+        text, spans, prompt = self.chat(messages, tools), [], ""
         self.look_for(messages, text)
-        prompt = self.chat(messages[: turns[-1]], tools, prompt=True) if turns and turns[-1] else ""
         if self.config.loss_on == "all":
+            prompt = self.chat(messages[: turns[-1]], tools, prompt=True) if turns and turns[-1] else ""
             return Draft(row, text, [(0, len(text))], prompt, self.answer(messages, turns, ""))
         rewritten = False
         for turn in self.learned(row, turns):
             if turn == 0:
                 raise ValueError("the first turn is the assistant's, and only a template with {% generation %} markers can tell where it begins")
-            before, after = self.chat(messages[:turn], tools, prompt=True), self.chat(messages[: turn + 1], tools)
+            before = self.chat(messages[:turn], tools, prompt=True)
+            after = self.chat(messages[: turn + 1], tools) if turn + 1 < len(messages) else text
             written = after[len(before) :] if after.startswith(before) else ""
             if written and before == self.chat(messages[:turn], tools):
                 # The template has no generation prompt: the header of the turn is found by what follows it.

@@ -33,9 +33,9 @@ class Chat:
         self.adapter = "on" if has_adapter else "off"
         self.messages: list[dict[str, str]] = []
 
-    def hello(self) -> None:
-        shown = {"on": "with its adapter", "off": "without an adapter"}[self.adapter]
-        self.write(f"{getattr(self.model, 'name_or_path', '') or 'the model'} {shown}; /help lists the commands\n")
+    def hello(self, name: str) -> None:
+        """Says whom one talks to, by the name of the base."""
+        self.write(f"{name} {'with its adapter' if self.has_adapter else 'without an adapter'}; /help lists the commands\n")
         if not self.tokenizer.chat_template:
             self.write("this tokenizer has no chat template: each line is continued as a text, by itself\n")
 

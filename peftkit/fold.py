@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +124,10 @@ def logits_of(model: Any) -> Tensor:
     return model.eval()(input_ids=token_ids(model)).logits
 
 
-def write_verified(model: Any, tokenizer: Any, target: Path, further: Callable[[Path], None] | None = None) -> None:
+def write_verified(model: Any, tokenizer: Any, target: Path) -> None:
     """Saves a model with its tokenizer beside `target`, reads it back and compares logits bit for bit, and only then puts it there.
 
-    further: writes more into the folder. Raises MergeError where what was read back computes something else.
+    Raises MergeError where what was read back computes something else.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
@@ -136,8 +135,6 @@ def write_verified(model: Any, tokenizer: Any, target: Path, further: Callable[[
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if further is not None:
-            further(folder)
         again, _ = load(str(folder), None, model.dtype)
         difference = (logits_of(again).float() - logits_of(model).float()).abs().max().item()
         if difference != 0:

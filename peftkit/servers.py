@@ -18,8 +18,10 @@ class Features:
     """Its highest."""
     dora: bool = False
     rslora: bool = False
-    patterns: bool = False
-    """Whether ranks or alphas differ between modules."""
+    ranks: bool = False
+    """Whether ranks differ between modules."""
+    alphas: bool = False
+    """Whether some modules have an alpha of their own."""
     saved: Sequence[str] = ()
     """Modules trained as a whole."""
     tokens: bool = False
@@ -38,7 +40,8 @@ def features(file: AdapterFile) -> Features:
         rank=max(ranks),
         dora=bool(config.get("use_dora")),
         rslora=bool(config.get("use_rslora")),
-        patterns=len(ranks) > 1 or bool(config.get("rank_pattern")) or bool(config.get("alpha_pattern")),
+        ranks=len(ranks) > 1,
+        alphas=bool(config.get("alpha_pattern")),
         saved=tuple(config.get("modules_to_save") or ()),
         tokens=bool(config.get("trainable_token_indices")),
         bias=config.get("bias", "none") != "none",
@@ -76,6 +79,10 @@ NOT_LINEAR = {
     "experts": "adapted experts are in peft's target_parameters, which it does not read",
     "convolutions": "adapted convolutions are not served",
 }
+ONE_SCALE = {
+    "ranks": "rank_pattern is not read: all modules would be scaled by one rank",
+    "alphas": "alpha_pattern is not read: all modules would be scaled by one alpha",
+}
 SERVERS = {
     "peft": Server(
         "peft", {}, {}, 'PeftModel.from_pretrained(model, "{folder}")', 'AutoModelForCausalLM.from_pretrained("{folder}")',
@@ -89,7 +96,7 @@ SERVERS = {
             "bias": "trained biases are not supported",
             **NOT_LINEAR,
         },
-        {"patterns": "rank_pattern and alpha_pattern are not read: modules would get the scale of the others"},
+        ONE_SCALE,
         "vllm serve {base} --enable-lora --max-lora-rank {vllm_rank} --lora-modules {name}={folder}",
         "vllm serve {folder}",
         max_rank=VLLM_RANKS[-1],
@@ -104,7 +111,8 @@ SERVERS = {
             **NOT_LINEAR,
         },
         {
-            "patterns": "rank_pattern and alpha_pattern are not supported",
+            "ranks": "rank_pattern is not supported",
+            "alphas": "alpha_pattern is not supported",
             "rslora": "use_rslora is not read: the update would be scaled by alpha / r",
         },
         "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} --lora-paths {name}={folder}",
@@ -119,7 +127,7 @@ SERVERS = {
             "bias": "trained biases are not read",
             **NOT_LINEAR,
         },
-        {"patterns": "rank_pattern and alpha_pattern are not read: modules would get the scale of the others"},
+        ONE_SCALE,
         "LORA_ADAPTERS={name}={folder} text-generation-launcher --model-id {base}",
         "text-generation-launcher --model-id {folder}",
         source="server/text_generation_server/adapters/lora.py (3.x)",
@@ -133,7 +141,7 @@ SERVERS = {
             **NOT_LINEAR,
         },
         {
-            "patterns": "alpha_pattern is not read: modules would get the scale of the others",
+            "alphas": "alpha_pattern is not read: modules would get the alpha of the others",
             "rslora": "use_rslora is not read: the update would be scaled by alpha / r",
         },
         "python llama.cpp/convert_hf_to_gguf.py {base} --outfile base.gguf --outtype bf16\n"

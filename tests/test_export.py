@@ -27,6 +27,7 @@ METHODS = {
     "lora": pk.LoRA(r=4, alpha=8),
     "rslora": pk.LoRA(r=4, alpha=8, rslora=True),
     "patterns": pk.LoRA(r=4, alpha=8, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}),
+    "ranks": pk.LoRA(r=4, alpha=8, rank_pattern={"q_proj": 2}),
     "dora": pk.DoRA(r=4, alpha=8),
     "saved": pk.LoRA(r=4, alpha=8, modules_to_save=["lm_head"]),
     "tokens": pk.LoRA(r=4, alpha=8, trainable_tokens=[5, 9]),
@@ -35,12 +36,13 @@ METHODS = {
     "high rank": pk.LoRA(r=600, alpha=8, target_modules=["q_proj"]),
 }
 # What each server does with it, by its own loader: A as it is, P plain LoRA first, M merged.
+MERGED = dict.fromkeys(("dora", "saved", "tokens", "bias", "embedding"), "M")
 TAKES = {
     "peft": dict.fromkeys(METHODS, "A"),
-    "vllm": {"lora": "A", "rslora": "A", "patterns": "P", "dora": "M", "saved": "M", "tokens": "M", "bias": "M", "embedding": "M", "high rank": "M"},
-    "sglang": {"lora": "A", "rslora": "P", "patterns": "P", "dora": "M", "saved": "M", "tokens": "M", "bias": "M", "embedding": "M", "high rank": "A"},
-    "tgi": {"lora": "A", "rslora": "A", "patterns": "P", "dora": "M", "saved": "M", "tokens": "M", "bias": "M", "embedding": "M", "high rank": "A"},
-    "llama.cpp": {"lora": "A", "rslora": "P", "patterns": "P", "dora": "M", "saved": "M", "tokens": "M", "bias": "M", "embedding": "M", "high rank": "A"},
+    "vllm": MERGED | {"lora": "A", "rslora": "A", "ranks": "P", "patterns": "P", "high rank": "M"},
+    "sglang": MERGED | {"lora": "A", "rslora": "P", "ranks": "P", "patterns": "P", "high rank": "A"},
+    "tgi": MERGED | {"lora": "A", "rslora": "A", "ranks": "P", "patterns": "P", "high rank": "A"},
+    "llama.cpp": MERGED | {"lora": "A", "rslora": "P", "ranks": "A", "patterns": "P", "high rank": "A"},
 }
 
 
@@ -102,7 +104,7 @@ def served_by_alpha_over_r(folder, base: nn.Module) -> nn.Module:
     return base
 
 
-@pytest.mark.parametrize("name", ["patterns", "rslora"])
+@pytest.mark.parametrize("name", ["patterns", "ranks", "rslora"])
 def test_plain_lora_is_read_rightly_by_a_server_that_reads_one_scale(name, tmp_path):
     """First the trap: the adapter as it is loads without an error there, and is another model."""
     model, adapter = made(tmp_path, name)

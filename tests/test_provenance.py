@@ -151,6 +151,20 @@ def test_an_adapter_taken_out_of_its_run_describes_itself(finished, tmp_path):
     assert stored_as(model) == "nf4"
 
 
+def test_an_average_knows_what_its_parts_agree_on(finished, tmp_path):
+    from peftkit.average import average
+
+    average([finished, finished], None, tmp_path / "mean")
+    own, mean = (json.loads((folder / CARD_FILE).read_text()) for folder in (finished / "adapter", tmp_path / "mean"))
+    assert mean["stored"] == own["stored"] and mean["template"] == own["template"] and find_origin(str(tmp_path / "mean")).quantize == "nf4"
+    (tmp_path / "other").mkdir()
+    for file in (finished / "adapter").iterdir():
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "other" / CARD_FILE).write_text(json.dumps(own | {"stored": own["stored"] | {"quantization": "fp4"}}))
+    average([finished, tmp_path / "other"], None, tmp_path / "mixed")
+    assert "stored" not in json.loads((tmp_path / "mixed" / CARD_FILE).read_text())
+
+
 def test_the_command_line_says_it_in_one_line(finished):
     command = [sys.executable, "-m", "peftkit", "generate", "hello", "--adapter", str(finished), "--quantize", "none", "--max-new-tokens", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -133,6 +133,7 @@ def test_the_command_reads_lines_where_there_is_no_terminal(tmp_path, adapted):
     command = [sys.executable, "-m", "peftkit", "chat", "--adapter", str(tmp_path / "adapter"), "--model", "builtin:tiny", "--max-new-tokens", "4"]
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("builtin:tiny with its adapter; /help")
     assert done.stdout.count("with adapter: ") == 2 and done.stdout.count("base: ") == 1
     assert "\x1b[" not in done.stdout and "Traceback" not in done.stderr
 

@@ -81,7 +81,7 @@ def chat(adapter: Adapter = None, model: Model = None, quantize: Quantize = None
     adapted, tokenizer = load_adapted(origin)
     torch.manual_seed(seed)
     talk = Chat(adapted, tokenizer, origin.adapter is not None, _write, max_new_tokens, temperature)
-    talk.hello()
+    talk.hello(origin.model)
     talk.lines(_typed() if sys.stdin.isatty() else sys.stdin)
 
 

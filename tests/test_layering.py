@@ -18,6 +18,7 @@ LEVELS = [
     ["cli"],
     ["bench", "check", "use"],
     ["run"],
+    ["forecast"],
     ["recipe", "result"],
     ["train", "evaluate", "average"],  # the loop saves checkpoints, follows a schedule and measures memory; averaging reads and writes adapters
     ["data", "model", "optim", "loss", "checkpoint", "merge", "adopt", "memory", "builtin.tasks"],
@@ -101,7 +102,7 @@ def test_methods_know_no_stage_and_layers_know_no_method():
 def test_only_the_runner_and_the_tools_put_stages_together():
     stages = set(LEVELS[5] + LEVELS[6])
     together = {a for a in LEVEL if len({b for source, b in edges() if source == a} & stages) > 1}
-    assert together <= {"run", "check", "use", "recipe", "train", "cli"}
+    assert together <= {"run", "check", "use", "forecast", "recipe", "train", "cli"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

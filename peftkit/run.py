@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from rich.console import Console
 
-from peftkit import data, evaluate, methods
+from peftkit import data, evaluate, forecast, methods
 from peftkit import train as training
 from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.config import ConfigError, read_yaml
 from peftkit.console import bar
 from peftkit.loss import TokenLoss
-from peftkit.model import load, load_tokenizer, resolve_dtype
+from peftkit.model import load, load_config, load_tokenizer, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe, resolved
 from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json
@@ -40,6 +40,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     sets = load_sets(recipe, tokenizer, console)
+    asked, recipe = recipe, fitted(recipe, sets, accelerator, console)
     set_seed(recipe.train.seed)
     model, _ = load(
         recipe.model.name, recipe.quantize, "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype),
@@ -63,7 +64,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 
     if not resume and accelerator.is_main_process:
-        start_folder(folder, recipe)
+        start_folder(folder, asked)
     accelerator.wait_for_everyone()
     scores = Scorer(recipe, model, tokenizer, loss, sets, console, accelerator.is_main_process)
     before = scores.before(folder, resume) if recipe.eval.before else {}
@@ -71,7 +72,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     accelerator.wait_for_everyone()
     adapter = save(model, tokenizer, recipe, folder) if accelerator.is_main_process else {}  # before anything else can fail
     after = scores.score("after", folder / "predictions.jsonl")
-    result = Result(before, after, stats.summary(), adapter, recipe.model_dump(), versions(), machine(), str(folder))
+    result = Result(before, after, stats.summary(), adapter, asked.model_dump(), versions(), machine(), str(folder))
     if accelerator.is_main_process:
         write_json(folder / "result.json", result.to_json())
         plot_loss(folder / "metrics.jsonl", folder / "loss.png", before.get("loss"), after.get("loss"))
@@ -145,6 +146,18 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, lis
         if any(not example.prompt_ids for example in sets[name]):
             raise ConfigError(f"eval: exact_match needs rows with an answer, and {name} holds plain text; use the metric loss")
     return sets
+
+
+def fitted(recipe: Recipe, sets: dict[str, list], accelerator: Accelerator, console: Console) -> Recipe:
+    """The recipe with a number in the place of `micro_batch_size: auto`, the most rows that the forecast says fit. Raises ConfigError."""
+    if recipe.train.micro_batch_size != "auto":
+        return recipe
+    rows = data.pack(sets["train"], recipe.data.max_length) if recipe.data.packing else [[example] for example in sets["train"]]
+    plan = forecast.Plan(forecast.rows_of(rows), forecast.rows_of([[example] for example in sets["eval"]]))
+    config = load_config(recipe.model.name, recipe.model.revision)
+    recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
+    console.print(said, highlight=False, markup=False)
+    return recipe
 
 
 def train(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -33,8 +33,8 @@ class TrainConfig(Config):
     """Passes over the rows, 1 where max_steps is not given either."""
     batch_size: int = Field(16, gt=0)
     """Rows per optimizer step, over all devices (packed rows, where rows are packed)."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Rows per forward on one device; null is the whole batch at once."""
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    """Rows per forward on one device; null is the whole batch at once, auto as much of it as memory is forecast to hold."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, in every parameter group."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
@@ -157,6 +157,8 @@ def train(
         stats = TrainStats(**state["stats"])
         _set_rng(state["rng"])
     rank, world = accelerator.process_index, accelerator.num_processes
+    if config.micro_batch_size == "auto":
+        raise ValueError("micro_batch_size: auto is decided before the loop; give it a number")
     micro = config.micro_batch_size or math.ceil(config.batch_size / world)
     prepared = accelerator.prepare(loss)
     model.train()

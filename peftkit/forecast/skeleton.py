@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Skeleton:
 
     def __init__(self, recipe: Recipe, config: Any, gpu: bool):
         self.recipe, self.gpu = recipe, gpu
+        self.evaluations: dict[Any, int] = {}  # peaks that were traced already
         self.dtype = torch.float32 if recipe.train.full_finetuning else _dtype(recipe.model.dtype, gpu)
         self.autocast = recipe.train.full_finetuning and _dtype(recipe.model.dtype, gpu) == torch.bfloat16
         self.trace = Trace(exact_head=not any(getattr(config.get_text_config(), name, None) not in (None, 1.0) for name in _CHANGES_LOGITS))
@@ -70,18 +72,18 @@ class Skeleton:
         self.quantised_parameters += weight.numel()
         self.trace.dequantised(weight, borrowed)
 
-    def _attach(self, methods: list[Method]) -> dict[str, Any]:
-        """Attaches without the doors to other libraries; name ending -> how many, of what is adapted. Raises ConfigError."""
-        adapted: dict[str, Any] = {}
+    def _attach(self, methods: list[Method]) -> dict[str, dict[str, int]]:
+        """Attaches without the doors to other libraries; by method, name ending -> how many, of what is adapted. Raises ConfigError."""
+        adapted: dict[str, dict[str, int]] = {}
+        self.whole: list[str] = []
+        self.rows: dict[str, int] = {}
         if not self.recipe.train.full_finetuning:
             self.model.requires_grad_(False)
         for method in methods:
             try:
                 if isinstance(method, LoRA):
                     found, whole, rows = method.plan(self.model)
-                    for name in found:
-                        ending = name.rsplit(".", 1)[-1]
-                        adapted[ending] = adapted.get(ending, 0) + 1
+                    adapted[method_name(method)] = dict(Counter(name.rsplit(".", 1)[-1] for name in found))
                     self.whole, self.rows = list(whole), {name: len(row.tokens) for name, row in rows.items()}
                     if method.init == "loftq":  # as large as any other start, and read from the weights themselves
                         method = method.model_copy(update={"init": "kaiming", "init_weights": None})
@@ -94,7 +96,7 @@ class Skeleton:
 
     def _paged(self) -> bool:
         kind = self.recipe.train.optimizer
-        return kind == "paged_adamw_8bit" or (kind == "auto" and self.gpu and any(method.paged_optimizer for method in self.recipe.build_methods()))
+        return kind.endswith("8bit") or (kind == "auto" and self.gpu and any(method.paged_optimizer for method in self.recipe.build_methods()))
 
 
 def _dtype(name: str, gpu: bool) -> torch.dtype:

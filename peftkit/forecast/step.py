@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -69,7 +68,10 @@ class Forecast:
 def forecast(skeleton: Skeleton, workload: Workload, accumulates: bool, evaluation: Workload | None = None, generation: Generation | None = None) -> Forecast:
     """What the recipe will need with this micro-batch as its largest, and these batches of evaluation."""
     activations, backward = _training(skeleton, workload, accumulates)
-    evaluating = max(_evaluation(skeleton, evaluation or workload._replace(rows=1)), _generation(skeleton, generation))
+    batch = evaluation or workload._replace(rows=1, supervised=workload.tokens)
+    if (batch, generation) not in skeleton.evaluations:
+        skeleton.evaluations[batch, generation] = max(_evaluation(skeleton, batch), _generation(skeleton, generation))
+    evaluating = skeleton.evaluations[batch, generation]
     gradients = skeleton.gradients if accumulates else 0
     return Forecast(skeleton.weights, skeleton.adapters, skeleton.optimizer, gradients, activations, backward, evaluating)
 

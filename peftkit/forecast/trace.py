@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ FAR = 2**31 - 1  # the value of integers that code asks for: the end of every sl
 class Trace:
     """Within `with trace.running():` tensors have no data; `live` and `peak` count the bytes of those made there.
 
-    Code that asks for the value of a tensor is told True, 1.0 or a very large integer; a mask that picks elements picks
-    `chosen` of them, experts get even shares of the rows, and `documents` is what counting the documents of a row gives. `packed` maps weights to the bytes that an
-    operation needs for a dequantised copy of them. `exact_head` answers whether two tensors are alike, which is what the
-    loss asks of the output head.
+    Code that asks for the value of a tensor is told True, 1.0 or a very large integer. A mask that picks elements picks `chosen`
+    of them, experts get even shares of the rows, and `documents` is what counting the documents of a row gives. `packed` maps
+    weights to the bytes that an operation needs for a dequantised copy. `exact_head` answers whether two tensors are alike,
+    which is what the loss asks of the output head.
     """
 
     def __init__(self, exact_head: bool):
@@ -64,10 +65,10 @@ class Trace:
             key, size = storage._cdata, storage.nbytes()
             if key not in self.active:
                 self.live += size
-                self.active[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
+                self.active[key] = weakref.ref(storage, partial(self._gone, key, size))
         self.peak = max(self.peak, self.live + borrowed)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, size: int, _: weakref.ref) -> None:
         self.live -= size
         self.active.pop(key, None)
 

@@ -27,7 +27,7 @@ from peftkit.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES, RESULTS = BUILTIN / "tiny" / "scores.json", ROOT / "benchmarks" / "results" / "ci.json"
-ADAPTERS, ARCHITECTURES = (ROOT / "benchmarks" / "results" / name for name in ("adapters.json", "architectures.json"))
+ADAPTERS, ARCHITECTURES, MEMORY = (ROOT / "benchmarks" / "results" / name for name in ("adapters.json", "architectures.json", "memory.json"))
 SECTIONS: dict[str, type[Config]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
 
 
@@ -117,6 +117,24 @@ def architectures(path: Path) -> str:
     return f"With {', '.join(f'{package} {version}' for package, version in found['versions'].items())}.\n\n{table(columns, rows)}"
 
 
+def memory(path: Path) -> str:
+    """Forecast and measured peaks, a row for each setting."""
+    found = json.loads(path.read_text())
+    rows = []
+    for row in found["rows"]:
+        parts = row["forecast"]
+        mib = [f"{size / 2**20:,.0f}" for size in (row["measured"], parts["total"], row["measured"] - row["over_loaded"], parts["weights"] + parts["adapters"])]
+        missed = "" if abs(row["error"]) <= found["bound"] else ", missed"
+        rows.append([row["name"], mib[0], mib[1], f"{100 * row['error']:+.1f}%{missed}", mib[2], mib[3]])
+    columns = ["setting", "peak, MiB", "forecast", f"error (at most {found['bound']:.0%})", "loaded model, MiB", "forecast"]
+    machine, kept = found["machine"], "goes back to the system at once" if found["return_freed"] else "is kept as glibc does by default"
+    facts = (
+        f"On {machine.get('gpu') or machine['processor']}, 1 thread; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
+        f"bitsandbytes {found['versions']['bitsandbytes']}; freed memory {kept}."
+    )
+    return f"{facts}\n\n{table(columns, rows)}"
+
+
 def blocks() -> dict[Path, dict[str, str]]:
     """Page -> marker -> content, for every block whose source is there."""
     docs = ROOT / "docs"
@@ -127,6 +145,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         docs / "benchmarks.md": {},
         docs / "adapters.md": {},
         docs / "architectures.md": {},
+        docs / "check.md": {},
         ROOT / "README.md": {},
     }
     if SCORES.exists():
@@ -140,6 +159,8 @@ def blocks() -> dict[Path, dict[str, str]]:
         found[ROOT / "README.md"]["adapters"] = adapters(ADAPTERS)
     if ARCHITECTURES.exists():
         found[docs / "architectures.md"]["architectures"] = architectures(ARCHITECTURES)
+    if MEMORY.exists():
+        found[docs / "check.md"]["memory"] = memory(MEMORY)
     return found
 
 

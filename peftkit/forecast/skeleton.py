@@ -31,6 +31,7 @@ class Skeleton:
 
     def __init__(self, recipe: Recipe, config: Any, gpu: bool):
         self.recipe, self.gpu = recipe, gpu
+        self.kept = 0  # bytes that layers keep from step to step, such as DoRA's norms; told by the first step
         self.evaluations: dict[Any, int] = {}  # peaks that were traced already
         self.dtype = torch.float32 if recipe.train.full_finetuning else _dtype(recipe.model.dtype, gpu)
         self.autocast = recipe.train.full_finetuning and _dtype(recipe.model.dtype, gpu) == torch.bfloat16

@@ -73,7 +73,7 @@ def forecast(skeleton: Skeleton, workload: Workload, accumulates: bool, evaluati
         skeleton.evaluations[batch, generation] = max(_evaluation(skeleton, batch), _generation(skeleton, generation))
     evaluating = skeleton.evaluations[batch, generation]
     gradients = skeleton.gradients if accumulates else 0
-    return Forecast(skeleton.weights, skeleton.adapters, skeleton.optimizer, gradients, activations, backward, evaluating)
+    return Forecast(skeleton.weights, skeleton.adapters + skeleton.kept, skeleton.optimizer, gradients, activations, backward, evaluating)
 
 
 def _training(skeleton: Skeleton, workload: Workload, accumulates: bool) -> tuple[int, int]:
@@ -94,7 +94,7 @@ def _training(skeleton: Skeleton, workload: Workload, accumulates: bool) -> tupl
         backward = max(trace.peak - resting, forward_peak) - activations
         del loss, batch
         skeleton.model.zero_grad(set_to_none=True)
-        skeleton.adapters += max(trace.live - start, 0)  # what layers keep from step to step
+        skeleton.kept = max(skeleton.kept, trace.live - start)
     return activations, backward
 
 

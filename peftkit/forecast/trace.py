@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peftkit.kernels.lowrank import forget_constants
+
 aten = torch.ops.aten
 FAR = 2**31 - 1  # the value of integers that code asks for: the end of every slice
 
@@ -42,8 +44,11 @@ class Trace:
 
     @contextmanager
     def running(self) -> Iterator[Trace]:
-        with self.fake, _Answers(self), _Counter(self):
-            yield self
+        try:
+            with self.fake, _Answers(self), _Counter(self):
+                yield self
+        finally:
+            forget_constants()
 
     def dequantised(self, weight: Tensor, needed: int) -> None:
         """Declares a weight that every operation on it must dequantise first, into `needed` bytes."""

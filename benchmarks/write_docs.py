@@ -34,7 +34,7 @@ from peftkit.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES, RESULTS = BUILTIN / "tiny" / "scores.json", ROOT / "benchmarks" / "results" / "ci.json"
-ADAPTERS, ARCHITECTURES = (ROOT / "benchmarks" / "results" / name for name in ("adapters.json", "architectures.json"))
+ADAPTERS, ARCHITECTURES, MEMORY = (ROOT / "benchmarks" / "results" / name for name in ("adapters.json", "architectures.json", "memory.json"))
 GPU_MODEL, GPU_KERNELS, GPU_ADAPTERS = (ROOT / "benchmarks" / "results" / f"gpu_{name}.json" for name in ("llama8b", "kernels", "adapters"))
 SECTIONS: dict[str, type[Config]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
 
@@ -174,6 +174,24 @@ def recipes(folder: Path) -> str:
     return table(["file", "base", "methods", "stored in", "weights", "data", "where its hyperparameters are from"], rows)
 
 
+def memory(path: Path) -> str:
+    """Forecast and measured peaks, a row for each setting."""
+    found = json.loads(path.read_text())
+    rows = []
+    for row in found["rows"]:
+        parts = row["forecast"]
+        mib = [f"{size / 2**20:,.0f}" for size in (row["measured"], parts["total"], row["measured"] - row["over_loaded"], parts["weights"] + parts["adapters"])]
+        missed = "" if abs(row["error"]) <= found["bound"] else ", missed"
+        rows.append([row["name"], mib[0], mib[1], f"{100 * row['error']:+.1f}%{missed}", mib[2], mib[3]])
+    columns = ["setting", "peak, MiB", "forecast", f"error (at most {found['bound']:.0%})", "loaded model, MiB", "forecast"]
+    machine, kept = found["machine"], "goes back to the system at once" if found["return_freed"] else "is kept as glibc does by default"
+    facts = (
+        f"On {machine.get('gpu') or machine['processor']}, 1 thread; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
+        f"bitsandbytes {found['versions']['bitsandbytes']}; freed memory {kept}."
+    )
+    return f"{facts}\n\n{table(columns, rows)}"
+
+
 def blocks() -> dict[Path, dict[str, str]]:
     """Page -> marker -> content, for every block whose source is there."""
     docs = ROOT / "docs"
@@ -184,6 +202,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         docs / "benchmarks.md": {},
         docs / "adapters.md": {},
         docs / "architectures.md": {},
+        docs / "check.md": {},
         ROOT / "README.md": {},
         ROOT / "recipes" / "README.md": {"recipes": recipes(ROOT / "recipes")},
     }
@@ -200,6 +219,8 @@ def blocks() -> dict[Path, dict[str, str]]:
         found[docs / "adapters.md"]["gpu"] = gpu(GPU_MODEL, GPU_KERNELS, GPU_ADAPTERS)
     if ARCHITECTURES.exists():
         found[docs / "architectures.md"]["architectures"] = architectures(ARCHITECTURES)
+    if MEMORY.exists():
+        found[docs / "check.md"]["memory"] = memory(MEMORY)
     return found
 
 

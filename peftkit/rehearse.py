@@ -209,7 +209,7 @@ def _stand_in_recipe(recipe: Recipe, tokenizer: Any, beside: Path, work: Path, s
         few = min(small["data"][f"{split}_rows"] or most, most)
         small["data"][f"{split}_rows"] = few if small["data"][split] == recipe.data.model_dump()[split] else None
     batch, micro = min(recipe.train.batch_size, 4), recipe.train.micro_batch_size
-    if micro is not None:
+    if isinstance(micro, int):
         micro = min(micro, max(1, batch // 2) if micro < recipe.train.batch_size else batch)
     small["train"] |= {"max_steps": steps, "num_epochs": None, "batch_size": batch, "micro_batch_size": micro, "log_every": 1}
     small["eval"] |= {"batch_size": min(recipe.eval.batch_size, EVAL_ROWS), "retained_rows": RETAINED_ROWS, "max_new_tokens": 8}
@@ -218,7 +218,7 @@ def _stand_in_recipe(recipe: Recipe, tokenizer: Any, beside: Path, work: Path, s
         small["model"]["attention"] = "auto"
         report.stood_in.append("attention: transformers' choice, since flash attention needs a GPU")
     small["output_dir"] = str(work / "run")
-    changes = [("max_length", recipe.data.max_length, length), ("batch_size", recipe.train.batch_size, batch)]
+    changes: list[tuple[str, Any, Any]] = [("max_length", recipe.data.max_length, length), ("batch_size", recipe.train.batch_size, batch)]
     changes.append(("micro_batch_size", recipe.train.micro_batch_size or batch, micro or batch))
     shorter = [f", {key} {old} -> {new}" for key, old, new in changes if old != new]
     report.stood_in.append(f"length of the run: {steps} steps{''.join(shorter)}")

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from rich.console import Console
 
-from peftkit import data, evaluate, methods
+from peftkit import data, evaluate, forecast, methods
 from peftkit import train as training
 from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.config import ConfigError, read_yaml
@@ -26,7 +26,7 @@ from peftkit.console import bar
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
 from peftkit.memory import human
-from peftkit.model import load, load_tokenizer, resolve_dtype
+from peftkit.model import load, load_config, load_tokenizer, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe, resolved
 from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json, write_text
@@ -49,6 +49,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     sets = load_sets(recipe, tokenizer, console)
+    asked, recipe = recipe, fitted(recipe, sets, accelerator, console)
     set_seed(recipe.train.seed)
     model, _ = load(
         recipe.model.name, recipe.quantize, "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype),
@@ -75,7 +76,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 
     if not resume and accelerator.is_main_process:
-        start_folder(folder, recipe)
+        start_folder(folder, asked)
     accelerator.wait_for_everyone()
     tripwires = Tripwires(
         model, handles, recipe.train.warn_only, lambda text: console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True),
@@ -97,7 +98,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     accelerator.log({f"after/{key}": value for key, value in after.items() if isinstance(value, (int, float))}, step=stats.steps)
     for tracker in accelerator.trackers:  # not accelerator.end_training(), which would also end the processes' group under a notebook's next run
         tracker.finish()
-    result = Result(before, after, stats.summary(), adapter, recipe.model_dump(), versions(), machine(), str(folder))
+    result = Result(before, after, stats.summary(), adapter, asked.model_dump(), versions(), machine(), str(folder))
     if accelerator.is_main_process:
         write_json(folder / "result.json", result.to_json())
         plot_loss(folder / "metrics.jsonl", folder / "loss.png", before.get("loss"), after.get("loss"))
@@ -217,6 +218,18 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any
         for line in notes:
             console.print(line, highlight=False, markup=False)
     return sets
+
+
+def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, console: Console) -> Recipe:
+    """The recipe with a number in the place of `micro_batch_size: auto`, the most rows that the forecast says fit. Raises ConfigError."""
+    if recipe.train.micro_batch_size != "auto":
+        return recipe
+    rows = data.make_rows(sets["train"], recipe.data)
+    plan = forecast.Plan(forecast.rows_of(rows), forecast.rows_of([[example] for example in sets["eval"]]))
+    config = load_config(recipe.model.name, recipe.model.revision)
+    recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
+    console.print(said, highlight=False, markup=False)
+    return recipe
 
 
 def train(

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -29,9 +29,12 @@ from peftkit.methods import Handle
 from peftkit.optim import schedule
 from peftkit.tripwires import STEPS_TO_MOVE, TrainingStopped, Tripwire, Tripwires
 
-__all__ = ["TrainConfig", "TrainStats", "TrainingStopped", "compile_body", "enable_checkpointing", "train"]
+__all__ = ["MICRO_TOKENS", "TrainConfig", "TrainStats", "TrainingStopped", "compile_body", "enable_checkpointing", "train"]
 
 logger = logging.getLogger(__name__)
+
+MICRO_TOKENS = 2048
+"""Tokens of a micro-batch where the recipe names no number of rows: enough to keep products busy, few enough for memory."""
 
 
 class TrainConfig(Config):
@@ -45,8 +48,8 @@ class TrainConfig(Config):
     """Passes over the rows, 1 where max_steps is not given either."""
     batch_size: int = Field(16, gt=0)
     """Rows per optimizer step, over all devices (packed rows, where rows are packed)."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Rows per forward on one device; null is the whole batch at once."""
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    """Rows per forward on one device; null puts rows together up to 2,048 tokens with their padding, auto as many as memory is forecast to hold."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, in every parameter group."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
@@ -201,12 +204,12 @@ def train(
         if len(state["devices"]) != world:
             raise CheckpointError(f"{found[-1]} was written by {len(state['devices'])} processes, this run has {world}: resume with as many")
         _set_randomness(state["devices"][rank], handles)
-    micro = config.micro_batch_size or math.ceil(config.batch_size / world)
+    if config.micro_batch_size == "auto":
+        raise ValueError("micro_batch_size: auto is decided before the loop; give it a number")
 
     def mine(step: int) -> list[list[Any]]:
         """The rows of a step that this process takes, by micro-batch."""
-        batch = [rows[i] for i in order[step]][rank::world]
-        return [batch[start : start + micro] for start in range(0, len(batch), micro)]
+        return micro_batches_of([rows[i] for i in order[step]][rank::world], config.micro_batch_size, length)
 
     def save() -> Path:
         devices = gather_object([_randomness(handles)])
@@ -267,6 +270,20 @@ def train(
     tripwires.base_unchanged("at the end")
     _end_with_the_best(model, evaluations, folder, stats.steps)
     return stats
+
+
+def micro_batches_of(batch: Sequence[Any], size: int | Literal["auto"] | None, length: Callable[[Any], int]) -> list[list[Any]]:
+    """The rows in parts of `size`; with None, as many rows as make MICRO_TOKENS tokens, each counted as long as the longest of its part."""
+    if isinstance(size, int):
+        return [list(batch[start : start + size]) for start in range(0, len(batch), size)]
+    parts: list[list[Any]] = []
+    longest = 0
+    for row in sorted(batch, key=length, reverse=True):  # so that rows of like length come together
+        if not parts or longest * (len(parts[-1]) + 1) > MICRO_TOKENS:
+            parts.append([])
+            longest = length(row)
+        parts[-1].append(row)
+    return parts
 
 
 def prefetched(items: Iterable[Any], make: Callable[[Any], Any], ahead: int = 2) -> Generator[Any, None, None]:

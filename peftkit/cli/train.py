@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Annotated
 
@@ -27,14 +28,25 @@ def run(
         print_result(result)
 
 
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """All that can be known before training, without training: recipe, data, what would be adapted, memory of the weights."""
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="SIZE", help="Memory of the GPU that the run is for, such as 24GB; by default this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """All that can be known before training, without training or loading weights: recipe, data, what would be adapted, peak memory."""
     from peftkit.check import check as check_recipe
     from peftkit.cli.common import quiet_libraries, recipe_path
     from peftkit.cli.print import print_check
 
     quiet_libraries()
-    print_check(check_recipe(recipe_path(recipe), overrides or []))
+    report = check_recipe(recipe_path(recipe), overrides or [], gpu)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        print_check(report)
 
 
 def rehearse(

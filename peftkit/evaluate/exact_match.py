@@ -92,12 +92,17 @@ def generate_answers(
     return answers
 
 
+def answer_room(tokenizer: PreTrainedTokenizerBase, references: Sequence[str]) -> int:
+    """Tokens that an answer may have where nothing else is said: a little more than the longest reference."""
+    return max(len(ids) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]) + SLACK
+
+
 def exact_match(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], references: Sequence[str], batch_size: int,
     max_new_tokens: int | None = None, progress: Callable[[int], None] | None = None, match: Literal["text", "number"] = "text",
 ) -> list[Prediction]:  # fmt: skip
     """Greedy answers beside their references; by default an answer may be a little longer than the longest reference."""
     if max_new_tokens is None:
-        max_new_tokens = max(len(ids) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]) + SLACK
+        max_new_tokens = answer_room(tokenizer, references)
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
     return [Prediction(answer, reference.strip(), match) for answer, reference in zip(answers, references, strict=True)]

@@ -309,3 +309,9 @@ def _odd_numbers(count: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _random_numbers(count: int, dtype: torch.dtype) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=dtype).add_(0.5)
+
+
+def forget_constants() -> None:
+    """Has the constants of `fingerprint` made anew: those that were made of tensors without data would be of no use to others."""
+    _odd_numbers.cache_clear()
+    _random_numbers.cache_clear()

@@ -1,0 +1,23 @@
+"""What a recipe will need of memory, before it runs: `trace` counts, `skeleton` is the model, `step` the run, `fit` compares with what there is."""
+
+from peftkit.forecast.fit import Budget, Plan, Row, budget, largest_micro_batch, micro_batch, of_micro_batch, rows_of, with_micro_batch, worst
+from peftkit.forecast.skeleton import Skeleton
+from peftkit.forecast.step import Forecast, Generation, Workload, forecast
+
+__all__ = [
+    "Budget",
+    "Forecast",
+    "Generation",
+    "Plan",
+    "Row",
+    "Skeleton",
+    "Workload",
+    "budget",
+    "forecast",
+    "largest_micro_batch",
+    "micro_batch",
+    "of_micro_batch",
+    "rows_of",
+    "with_micro_batch",
+    "worst",
+]

@@ -1,0 +1,119 @@
+"""check: what it tells and in which form, and that it needs neither weights nor much memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import peftkit as pk
+from peftkit.check import check, histogram
+from peftkit.cli import main
+from peftkit.config import ConfigError
+
+DOCS = Path(__file__).parents[1] / "docs" / "check.md"
+
+
+def recipe(tmp_path: Path, **sections) -> dict:
+    found = {
+        "model": {"name": "builtin:tiny"}, "methods": [{"lora": {"r": 2}}],
+        "data": {"train": "builtin:copy/train", "eval": "builtin:copy/test", "train_rows": 16, "eval_rows": 4},
+        "train": {"batch_size": 4, "max_steps": 2, "learning_rate": 1.0e-3}, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    return found | {key: found.get(key, {}) | value for key, value in sections.items()}
+
+
+def text(report) -> str:
+    return "\n".join(line for lines in report.sections.values() for line in lines)
+
+
+def test_json_is_one_object_with_the_documented_keys(tmp_path, capsys):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe(tmp_path)))
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", str(file), "--json", "--gpu", "8GB"])
+    assert not stopped.value.code
+    found = json.loads(capsys.readouterr().out)
+    documented = DOCS.read_text().split("## `--json`")[1]
+    assert {line.split("`")[1] for line in documented.splitlines() if line.startswith("| `")} == set(found)
+    for part in ("model", "memory", "data"):
+        assert all(f"`{key}`" in documented for key in found[part]), part
+    assert found["memory"]["fits"] and found["memory"]["largest_micro_batch"] == 4 and found["memory"]["available"] == 8 * 10**9
+    assert found["model"]["adapted"]["lora"]["q_proj"] == 6 and "[[" in found["rows"][0]
+
+
+def test_what_does_not_fit_is_said_with_the_micro_batch_that_does(tmp_path):
+    fits = check(recipe(tmp_path), gpu="8GB")
+    need, reserve = fits.facts["memory"]["total"], fits.facts["memory"]["reserve"]
+    tight = check(recipe(tmp_path), gpu=f"{(need + reserve - 10**5) / 10**6}MB")
+    assert not tight.facts["memory"]["fits"] and 0 < tight.facts["memory"]["largest_micro_batch"] < 4 and "DOES NOT FIT" in text(tight)
+    hopeless = check(recipe(tmp_path), gpu="700MB")
+    assert hopeless.facts["memory"]["largest_micro_batch"] == 0 and "not even one row" in text(hopeless)
+    with pytest.raises(ConfigError, match="--gpu"):
+        check(recipe(tmp_path), gpu="big")
+
+
+def test_auto_is_told_as_a_number(tmp_path):
+    found = check(recipe(tmp_path, train={"micro_batch_size": "auto"}))
+    assert found.facts["memory"]["micro_batch_size"] == 4
+
+
+def test_time_per_step_only_where_a_run_measured_it(tmp_path):
+    assert "time" not in check(recipe(tmp_path)).sections
+    pk.run(recipe(tmp_path, eval={"metrics": []}))
+    found = check(recipe(tmp_path))
+    assert found.facts["seconds_per_step"] > 0 and "s per step" in text(found)
+    assert "seconds_per_step" not in check(recipe(tmp_path, train={"batch_size": 2})).facts, "of another batch nothing is known"
+    (tmp_path / "run" / "result.json").write_text("{}")
+    assert "no result of a run" in text(check(recipe(tmp_path)))
+
+
+CONFLICTS = [
+    ({"data": {"train_rows": 2}}, "train.batch_size"),
+    ({"train": {"micro_batch_size": 9}}, "train.micro_batch_size"),
+    ({"train": {"gradient_checkpointing": True}}, "train.gradient_checkpointing"),
+]
+
+
+@pytest.mark.parametrize("change,named", CONFLICTS, ids=[named for _, named in CONFLICTS])
+def test_conflicts_are_named(tmp_path, change, named):
+    assert not check(recipe(tmp_path)).facts["conflicts"]
+    assert [line.split(":")[0] for line in check(recipe(tmp_path, **change)).facts["conflicts"]] == [named]
+
+
+def test_rows_longer_than_the_model_was_made_for(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a " * 2000, "completion": "b"}) + "\n")
+    found = check(recipe(tmp_path, data={"train": str(rows), "eval": None, "train_rows": None, "eval_rows": None, "max_length": 8000}, train={"batch_size": 1}))
+    assert any("the model was made for 1024" in line for line in found.facts["conflicts"])
+
+
+def test_histogram_counts_every_row():
+    lines = histogram([1, 2, 3, 40, 40, 80])
+    assert sum(int(line.split()[-1]) for line in lines) == 6 and len(lines) == 8 and "1 to 10 tokens" in lines[0] and lines[0].count("#") == 40
+    assert histogram([5, 5]) == [] and sum(int(line.split()[-1]) for line in histogram([1, 2])) == 2
+
+
+def test_no_weights_are_loaded(tmp_path):
+    """The folder's weights are cut to nothing: who reads them fails."""
+    base, tokenizer = pk.load("builtin:tiny", dtype="float32")
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    assert load_file(weights)
+    weights.write_bytes(b"")
+    assert check(recipe(tmp_path, model={"name": str(tmp_path / "base")})).facts["memory"]["weights"] > 10**6
+
+
+def test_check_imports_neither_peft_nor_bitsandbytes(tmp_path):
+    """What takes seconds to import and is not needed."""
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe(tmp_path, model={"quantize": "nf4"})))
+    unwanted = {"peft", "bitsandbytes", "datasets", "matplotlib"}
+    code = f"import sys; from peftkit.check import check; check({str(file)!r}); print(sorted({unwanted} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

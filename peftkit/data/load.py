@@ -120,17 +120,21 @@ class Source:
     def records(self) -> Iterator[tuple[str, Record | BadRow]]:
         """(its piece's name, record) of every record that is wanted, read as it is asked for."""
 
-        def everything() -> Iterator[tuple[str, Record | BadRow]]:
-            return chain.from_iterable(((str(piece), record) for record in read_rows(piece)) for piece in self.pieces)
-
         first, stop = 0, None
         if self.config.holdout:
-            rows = sum(1 for _ in everything())
-            cut = max(0, rows - max(1, round(rows * self.config.holdout)))
+            cut = max(0, self.total - max(1, round(self.total * self.config.holdout)))
             first, stop = (cut, None) if self.held else (0, cut)
         if self.limit is not None:
             stop = first + self.limit if stop is None else min(stop, first + self.limit)
-        return islice(everything(), first, stop)
+        return islice(self.everything(), first, stop)
+
+    def everything(self) -> Iterator[tuple[str, Record | BadRow]]:
+        return chain.from_iterable(((str(piece), record) for record in read_rows(piece)) for piece in self.pieces)
+
+    @cached_property
+    def total(self) -> int:
+        """Records of the whole source, for the sake of which it is read once more."""
+        return sum(1 for _ in self.everything())
 
 
 @dataclass

@@ -179,8 +179,7 @@ def not_utf8(path: Path) -> str:
     try:
         raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        return f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}): save the file as UTF-8"
+        return f"{path}:{1 + raw.count(10, 0, error.start)}: not UTF-8 (byte 0x{raw[error.start]:02x}): save the file as UTF-8"
     return f"{path}: was written to while it was read"
 
 
@@ -242,13 +241,10 @@ def read_parquet(path: Path) -> list[Record | BadRow]:
     try:
         if not read_metadata(path).num_rows:
             return []
-    except (ArrowException, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as parquet ({first_line(error)}); write or download it again") from error
-    try:  # streaming reads the file itself, without a copy in the cache
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)  # reads the file itself, without a copy in the cache
         return [Record(f"{path}[{i}]", dict(row)) for i, row in enumerate(rows)]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
+    except (ArrowException, OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as parquet ({first_line(error)}); write or download it again") from error
 
 
 def read_hub(spec: str, split: str) -> list[Record | BadRow]:
@@ -275,15 +271,7 @@ def first_line(error: Exception) -> str:
 
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        type(None): "nothing",
-    }
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "nothing"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -203,6 +203,11 @@ def _stand_in_recipe(recipe: Recipe, tokenizer: Any, beside: Path, work: Path, s
         if small["data"][split] is not None:
             small["data"][split], fits = _stand_in_rows(recipe.data, split, tokenizer, beside, work, report)
             length = length if fits else recipe.data.max_length
+    small["data"]["cache"] = False
+    for number, part in enumerate(recipe.data.parts):
+        own = small["data"]["replay"] if part is recipe.data.replay else small["data"]["mix"][number - bool(recipe.data.replay)]
+        alone = recipe.data.alone(part.source, columns=part.columns)
+        own["source"], _ = _stand_in_rows(alone, "train", tokenizer, beside, work / f"part-{number}", report)
     if length < recipe.data.max_length:
         small["data"] |= {"max_length": length, "truncation": "right", "on_bad_row": "skip"}
     for split, most in (("train", ROWS), ("eval", EVAL_ROWS)):  # rows that stand in are few already
@@ -232,7 +237,8 @@ def _stand_in_rows(config: data.DataConfig, split: Any, tokenizer: Any, beside: 
     """
     spec = config.train if split == "train" else config.eval
     assert spec is not None
-    few = config.model_copy(update={"train_rows": min(config.train_rows or ROWS, ROWS), "eval_rows": min(config.eval_rows or EVAL_ROWS, EVAL_ROWS)})
+    fewer = {"train_rows": min(config.train_rows or ROWS, ROWS), "eval_rows": min(config.eval_rows or EVAL_ROWS, EVAL_ROWS)}
+    few = config.model_copy(update={"cache": False, "replay": None, "mix": [], **fewer})
     file = data.local_file(spec)
     name = spec.split(":")[0] if file is None else file.name
     kept = sorted((beside / "rows").glob(name.replace("/", "--") + ("" if file else ".*")))
@@ -251,6 +257,7 @@ def _stand_in_rows(config: data.DataConfig, split: Any, tokenizer: Any, beside: 
     if kept:
         report.stood_in.append(f"data.{split}, {spec}: {reason}; rows in its columns from {kept[0]}")
         return str(kept[0]), True
+    work.mkdir(exist_ok=True)
     made = work / f"{split}.jsonl"
     rows = list(_made_up(config.columns or {}))
     made.write_text("".join(json.dumps(row) + "\n" for row in rows))

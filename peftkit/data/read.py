@@ -129,8 +129,7 @@ def not_utf8(path: Path) -> str:
     try:
         raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        return f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}): save the file as UTF-8"
+        return f"{path}:{1 + raw.count(10, 0, error.start)}: not UTF-8 (byte 0x{raw[error.start]:02x}): save the file as UTF-8"
     return f"{path}: was written to while it was read"
 
 
@@ -260,13 +259,5 @@ def first_line(error: Exception) -> str:
 
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        type(None): "nothing",
-    }
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "nothing"}
     return names.get(type(value), f"a {type(value).__name__}")

@@ -1,11 +1,10 @@
-"""How activations are kept and computed: checkpointing (all or selective) and torch.compile."""
+"""Which activations are kept for backward: all, the layers' inputs alone, or attention's output besides."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Checkpointing = bool | Literal["selective"]
@@ -32,9 +31,3 @@ def enable_checkpointing(model: Any, kind: Checkpointing = True) -> None:
 def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     is_attention = any(part in str(operator) for part in ATTENTION)
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def compile_body(model: Any, backend: str = "inductor") -> None:
-    """Has torch.compile translate the forward of the model's body at its first use; rows of other lengths do not compile it anew each time."""
-    body = getattr(model, "base_model", model)
-    torch.nn.Module.compile(body, backend=backend, dynamic=True)

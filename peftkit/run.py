@@ -70,8 +70,6 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     if recipe.train.full_finetuning:
         model.requires_grad_(True)
     training.enable_checkpointing(model, recipe.train.gradient_checkpointing)
-    if recipe.train.torch_compile:
-        training.compile_body(model)
     loss = TokenLoss(model)
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftkit.activations import Checkpointing, compile_body, enable_checkpointing
+from peftkit.activations import Checkpointing, enable_checkpointing
 from peftkit.checkpoint import CheckpointError, checkpoints, load_checkpoint, restore_parameters, save_checkpoint
 from peftkit.config import Config
 from peftkit.data import DataOrder
@@ -29,7 +29,7 @@ from peftkit.methods import Handle
 from peftkit.optim import schedule
 from peftkit.tripwires import STEPS_TO_MOVE, TrainingStopped, Tripwire, Tripwires
 
-__all__ = ["MICRO_TOKENS", "TrainConfig", "TrainStats", "TrainingStopped", "compile_body", "enable_checkpointing", "train"]
+__all__ = ["MICRO_TOKENS", "TrainConfig", "TrainStats", "TrainingStopped", "enable_checkpointing", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,6 @@ class TrainConfig(Config):
     """auto: paged 8-bit AdamW for qlora on a GPU, else AdamW. The paged one needs a GPU."""
     gradient_checkpointing: Checkpointing = False
     """Compute activations again in backward instead of keeping them; selective keeps the output of fused attention."""
-    torch_compile: bool = False
-    """Translate the model's forward with torch.compile: minutes at the start, faster steps on a GPU."""
     full_finetuning: bool = False
     """Train every parameter of the base (fp32 weights, bfloat16 arithmetic where there is any) instead of adapters."""
     seed: int = Field(0, ge=0, lt=2**32)

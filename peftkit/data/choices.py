@@ -30,11 +30,7 @@ def load_choices(config: DataConfig, tokenizer: PreTrainedTokenizerBase, choices
     [...]}`. Which is right, the row's own answer says: the text, its label, or its number from 0. Raises ConfigError,
     naming the rows, for those of which this cannot be told, and where a choice is cut off by max_length.
     """
-    source, held = config.eval or config.train, not config.eval
-    records = read_rows(source, "train" if held else "test")
-    if held:
-        records = records[len(records) - max(1, round(len(records) * config.holdout)) :]
-    records = records[: config.eval_rows]
+    source, records = config.eval or config.train, _records(config)
     # A choice whose end is cut off cannot be compared, and the loss must be of the choice alone.
     own = config.model_copy(update={"truncation": "drop", "loss_on": "last"})
     form = find_format(records, own, source)
@@ -64,6 +60,14 @@ def load_choices(config: DataConfig, tokenizer: PreTrainedTokenizerBase, choices
     notes += [f"  {long} rows left out: a choice of theirs ends beyond max_length {config.max_length}"] if long else []
     notes += [f"  {row.where}: {row.reason}" for row in bad[:SHOWN]]
     return questions, notes
+
+
+def _records(config: DataConfig) -> list[Record | BadRow]:
+    """The rows of the evaluation set, as `load_examples` takes them."""
+    if config.eval:
+        return read_rows(config.eval, "test")[: config.eval_rows]
+    records = read_rows(config.train, "train")
+    return records[len(records) - max(1, round(len(records) * config.holdout)) :][: config.eval_rows]
 
 
 def _variants(record: Record | BadRow, form: str, config: DataConfig, choices: Sequence[str] | None) -> tuple[list[Record], int] | BadRow:

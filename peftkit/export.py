@@ -81,30 +81,40 @@ def export(
     found = features(file)
     merged, plain = (_told(reasons, found) for reasons in taken.reasons(found))
     chosen: Form = form if form != "auto" else "merged" if merged else "plain" if plain else "adapter"  # type: ignore[assignment]
-    if chosen == "adapter" and (merged or plain):
-        raise ConfigError(f"--form adapter: {taken.name} does not take this one: {'; '.join(merged or plain)}")
-    if chosen == "plain" and (why := [*merged, *_told(["it is no plain LoRA"] * found.dora, found)]):
-        raise ConfigError(f"--form plain: that cannot be written as plain LoRA for {taken.name}: {'; '.join(why)}")
-    measured = {"adapter": _copy, "plain": _plain}[chosen](file, target) if chosen in ("adapter", "plain") else []
+    _check_form(chosen, found, taken, merged, plain)
+    origin = origin._replace(dtype=dtype or origin.dtype)
     if chosen == "merged":
         measured = str(fold(adapter, output, model, quantize, dtype=dtype)).splitlines()
-    if chosen == "approximation":
+    elif chosen == "approximation":
         rank = rank or 2 * found.rank
-        if left := [why for feature, why in taken.refuses.items() if feature != "dora" and getattr(found, feature)]:
-            raise ConfigError(f"--form approximation is for DoRA, and this adapter needs merging: {'; '.join(_told(left, found))}")
-        if not found.dora:
-            raise ConfigError("--form approximation is for DoRA; this adapter is plain LoRA already: leave --form out")
         if taken.max_rank is not None and rank > taken.max_rank:
             raise ConfigError(f"--rank: {taken.name} serves ranks up to {taken.max_rank}, not {rank}")
-        measured = _approximate(file, origin._replace(dtype=dtype or origin.dtype), target, rank)
+        measured = _approximate(file, origin, target, rank)
+    else:
+        measured = _plain(file, target) if chosen == "plain" else _copy(file, target)
     serves = taken.serve_model if chosen == "merged" else taken.serve_adapter
-    written = (
-        max((tensor.shape[0] for key, tensor in read_folder(target).state.items() if key.endswith("lora_A.weight")), default=0) if chosen != "merged" else 0
-    )
+    written = 0 if chosen == "merged" else features(read_folder(target)).rank
     commands = serves.format(
         base=locate(origin.model), folder=target, name=target.name, rank=written, vllm_rank=next((r for r in VLLM_RANKS if r >= written), VLLM_RANKS[-1])
     )
-    return ExportReport(taken, chosen, target, merged or plain, measured, commands, _notes(file, origin, chosen))
+    return ExportReport(taken, chosen, target, merged or plain, measured, commands, _notes(origin, chosen))
+
+
+def _check_form(form: Form, found: Features, server: Server, merged: list[str], plain: list[str]) -> None:
+    """Raises ConfigError where an adapter cannot have this form, or the server would not take it."""
+    beside = [what for what in ("saved", "tokens", "bias", "embeddings", "experts", "convolutions") if getattr(found, what)]
+    named = {"saved": f"modules_to_save ({', '.join(found.saved)})", "tokens": "trained tokens", "bias": "trained biases"}
+    others = [named.get(what, f"adapted {what}") for what in beside]
+    if form == "adapter" and (merged or plain):
+        raise ConfigError(f"--form adapter: {server.name} does not take this one: {'; '.join(merged or plain)}")
+    if form == "plain" and (found.dora or beside):
+        raise ConfigError(f"--form plain: it cannot be written as plain LoRA: it has {', '.join(others + ['magnitudes (DoRA)'] * found.dora)}")
+    if form == "approximation" and beside:
+        raise ConfigError(f"--form approximation is for DoRA on linears, and this adapter has {', '.join(others)}: it needs merging")
+    if form == "approximation" and not found.dora:
+        raise ConfigError("--form approximation is for DoRA; this adapter is plain LoRA already: leave --form out")
+    if form == "plain" and merged:
+        raise ConfigError(f"--form plain: {server.name} would not take it: {'; '.join(merged)}")
 
 
 def _folder(adapter: str) -> Path:
@@ -115,7 +125,7 @@ def _told(reasons: list[str], found: Features) -> list[str]:
     return [reason.format(saved=", ".join(found.saved)) for reason in reasons]
 
 
-def _notes(file: AdapterFile, origin: Origin, form: Form) -> list[str]:
+def _notes(origin: Origin, form: Form) -> list[str]:
     if form != "merged" and origin.quantize is not None:
         return [
             f"note: it was trained on a base in {origin.quantize}; a server that keeps the base in 16 bits computes another model. "

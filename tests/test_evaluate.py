@@ -165,6 +165,13 @@ def test_choices_of_every_row_and_of_chats(tmp_path):
     assert [c.answer for c in scorer.main.choices[0].candidates] == ["yes", "no"]
 
 
+def test_held_out_rows_are_those_of_the_examples(tmp_path):
+    rows = [{**QUESTIONS[0], "prompt": f"Question {i}"} for i in range(10)]
+    _, scorer = scored(recipe(tmp_path, rows, ["choice_accuracy"], data={"eval": None, "holdout": 0.3, "eval_rows": 2}))
+    assert [question.where for question in scorer.main.choices] == [example.where for example in scorer.main.examples]
+    assert len(scorer.main.choices) == 2
+
+
 def test_choices_beyond_max_length_are_counted(tmp_path):
     rows = [QUESTIONS[0], {**QUESTIONS[0], "choices": ["red", "a " * 200]}]
     made = load_recipe(recipe(tmp_path, rows, ["choice_accuracy"], data={"max_length": 64}))

@@ -156,7 +156,7 @@ def test_forms_that_cannot_be_are_refused_with_the_reason(tmp_path):
     _, adapter = made(tmp_path, "dora")
     cases = [
         (("vllm", "adapter"), "does not take this one: its loader stops at use_dora"), (("vllm", "plain"), "cannot be written as plain LoRA"),
-        (("peft", "plain"), "it is no plain LoRA"), (("vlm", "auto"), "unknown 'vlm'; did you mean 'vllm'"),
+        (("peft", "plain"), "magnitudes"), (("vlm", "auto"), "unknown 'vlm'; did you mean 'vllm'"),
         (("vllm", "merge"), "unknown 'merge'; did you mean 'merged'"),
     ]  # fmt: skip
     for arguments, message in cases:
@@ -167,13 +167,22 @@ def test_forms_that_cannot_be_are_refused_with_the_reason(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name,what", [("saved", "modules_to_save"), ("tokens", "trained tokens"), ("bias", "trained biases"), ("embedding", "embeddings")])
+def test_nothing_is_left_out_of_plain_lora_in_silence(name, what, tmp_path):
+    """peft takes these as they are; written as plain LoRA they would lose a part."""
+    _, adapter = made(tmp_path, name)
+    with pytest.raises(ConfigError, match=f"cannot be written as plain LoRA: it has .*{what}"):
+        exported(adapter, tmp_path, "peft", "plain")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_approximation_of_what_is_no_dora_is_refused(tmp_path):
     _, adapter = made(tmp_path, "lora")
     with pytest.raises(ConfigError, match="plain LoRA already"):
         exported(adapter, tmp_path, "vllm", "approximation")
     (tmp_path / "other").mkdir()
     _, saved = made(tmp_path / "other", "saved")
-    with pytest.raises(ConfigError, match=r"needs merging: .*lm_head"):
+    with pytest.raises(ConfigError, match=r"has modules_to_save \(lm_head\): it needs merging"):
         exported(saved, tmp_path, "vllm", "approximation")
 
 

@@ -34,8 +34,7 @@ def load_choices(config: DataConfig, tokenizer: PreTrainedTokenizerBase, choices
     [...]}`. Which is right, the row's own answer says: the text, its label, or its number from 0. Raises ConfigError,
     naming the rows, for those of which this cannot be told, and where a choice is cut off by max_length.
     """
-    source, held = config.eval or config.train, not config.eval
-    records = [record for _, record in Source(source, config, "eval", held, config.eval_rows).records()]
+    source, records = config.eval or config.train, _records(config)
     # A choice whose end is cut off cannot be compared, and the loss must be of the choice alone.
     own = config.model_copy(update={"truncation": "drop", "loss_on": "last"})
     form = find_format(records, own, source)
@@ -65,6 +64,12 @@ def load_choices(config: DataConfig, tokenizer: PreTrainedTokenizerBase, choices
     notes += [f"  {long} rows left out: a choice of theirs ends beyond max_length {config.max_length}"] if long else []
     notes += [f"  {row.where}: {row.reason}" for row in bad[:SHOWN]]
     return questions, notes
+
+
+def _records(config: DataConfig) -> list[Record | BadRow]:
+    """The rows of the evaluation set, as `load_examples` takes them."""
+    source = Source(config.eval or config.train, config, "eval", not config.eval, config.eval_rows)
+    return [record for _, record in source.records()]
 
 
 def _variants(record: Record | BadRow, form: str, config: DataConfig, choices: Sequence[str] | None) -> tuple[list[Record], int] | BadRow:

@@ -113,6 +113,7 @@ def test_check_imports_neither_peft_nor_bitsandbytes(tmp_path):
     """What takes seconds to import and is not needed."""
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(recipe(tmp_path, model={"quantize": "nf4"})))
-    code = f"import sys; from peftkit.check import check; check({str(file)!r}); print(sorted({{'peft', 'bitsandbytes', 'datasets', 'matplotlib'}} & sys.modules.keys()))"
+    code = f"import sys; from peftkit.check import check; check({str(file)!r}); heavy = {{'peft', 'bitsandbytes', 'datasets', 'matplotlib'}}; "
+    code += "print(sorted(heavy & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -91,6 +91,8 @@ def replaced(tree: ast.AST) -> Iterator[int]:
         return isinstance(node, ast.Name) and node.id in foreign
 
     for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "warnings.formatwarning":  # Python's own place for a program's wording of warnings
+            continue
         if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)) and is_foreign(node):
             yield node.lineno
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr") and is_foreign(node.args[0]):

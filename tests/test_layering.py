@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,10 @@ def test_every_public_name_can_be_had():
         assert name in dir(peftkit)
     with pytest.raises(AttributeError, match="no attribute 'lora'"):
         peftkit.lora  # noqa: B018
+
+
+def test_every_package_is_installed():
+    """An editable install finds what pyproject.toml forgets, an ordinary one does not."""
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert there <= set(listed)

@@ -24,7 +24,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +31,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftkit as pk
 from peftkit.console import bar, table
 from peftkit.layers import LoRALinear
+from peftkit.memory import count_saved
 from peftkit.model import best_dtype
 from peftkit.quant import quantization_config
 from peftkit.result import machine, versions, write_json
@@ -128,24 +128,6 @@ def step(model: Any, ids: Tensor) -> None:
     forward(model, ids).backward()
     if ids.is_cuda:
         torch.cuda.synchronize()
-
-
-@contextmanager
-def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Collects what autograd keeps for backward within the block: address of the storage -> bytes."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-    alive = []  # a storage that was freed could lend its address to another
-
-    def remember(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        yield kept
 
 
 def saved_bytes(model: Any, ids: Tensor) -> int:

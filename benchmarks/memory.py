@@ -5,7 +5,7 @@
 
 A setting is a random Llama, a method, a batch of random tokens, and whether activations are computed again. Its process imports
 the libraries and trains a model of one such layer first; what it then occupies is left out of the measurement, so that code,
-thread pools and the kernels that oneDNN makes for each shape of product (20 to 30 MiB) do not count. The model is loaded from a
+thread pools and what libraries keep for each shape of product (20 to 30 MiB were seen) do not count. The model is loaded from a
 file, adapted, and copied off the file's mapping, whose pages the system may drop. Then the system's peak is reset, and three
 optimizer steps run, with clipping, and an evaluation of the loss. Measured is the peak of resident memory in that time, less
 what the process occupied before the model was loaded; the weights are part of both numbers. On a GPU it is the peak of

@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from peftkit.bench.cells import load_results
 from peftkit.bench.report import markdown
@@ -25,7 +24,8 @@ from peftkit.builtin.families import FAMILIES
 from peftkit.config import Config, defaults_table
 from peftkit.data import DataConfig
 from peftkit.evaluate import EvalConfig
-from peftkit.memory import human, weight_bytes
+from peftkit.forecast import Skeleton
+from peftkit.memory import human
 from peftkit.methods import REGISTRY
 from peftkit.model import BUILTIN, ModelConfig, load_config
 from peftkit.recipe import load_recipe
@@ -162,14 +162,12 @@ def recipes(folder: Path) -> str:
     for path in sorted(folder.glob("*.yaml"), key=lambda path: (not load_recipe(path).model.name.startswith("builtin:"), path.name)):
         recipe, kept = load_recipe(path), kept_config(folder, load_recipe(path).model.name)
         config = AutoConfig.for_model(**json.loads(kept.read_text())["config"]) if kept.exists() else load_config(recipe.model.name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        dtype = torch.float32 if recipe.train.full_finetuning else torch.bfloat16
+        skeleton = Skeleton(recipe, config, gpu=True)
         source = next((line.removeprefix("# Source: ") for line in path.read_text().splitlines() if line.startswith("# Source: ")), "ours")
         rows.append([
-            f"[{path.name}]({path.name})", f"{recipe.model.name}, {model.num_parameters() / 1e9:.2g} B" if kept.exists() else recipe.model.name,
+            f"[{path.name}]({path.name})", f"{recipe.model.name}, {skeleton.parameters / 1e9:.2g} B" if kept.exists() else recipe.model.name,
             " + ".join(next(iter(method)) for method in recipe.methods) or "none: every parameter trains",
-            recipe.quantize or str(dtype).removeprefix("torch."), human(weight_bytes(model, recipe.quantize, dtype)), recipe.data.train, source,
+            recipe.quantize or str(skeleton.dtype).removeprefix("torch."), human(skeleton.weights), recipe.data.train, source,
         ])  # fmt: skip
     return table(["file", "base", "methods", "stored in", "weights", "data", "where its hyperparameters are from"], rows)
 

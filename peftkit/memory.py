@@ -1,12 +1,14 @@
-"""Memory: what a recipe stores before it runs, and what a run has used."""
+"""Memory that was used: the peak of a run, and what autograd keeps for backward."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 
 
 def peak_memory_bytes() -> int:
@@ -26,15 +28,19 @@ def human(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def weight_bytes(model: Any, quantize: str | None, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a model (on the meta device) once loaded: linears but the head quantised, in 4 bits experts too, the rest in `dtype`."""
-    from peftkit.layers import LoRAExperts, features, is_experts, is_linear, output_head
+@contextmanager
+def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Collects what autograd keeps for backward within the block: address of the storage -> bytes. The model's own tensors are left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []  # a storage that was freed could lend its address to another
 
-    per_parameter = {None: dtype.itemsize, "nf4": 4.127 / 8, "fp4": 4.127 / 8, "int8": 1.0}[quantize]
-    head = output_head(model)
-    linears = [module for module in model.modules() if is_linear(module) and module is not head]
-    quantized = sum(features(module)[0] * features(module)[1] for module in linears)
-    if quantize in ("nf4", "fp4"):
-        quantized += sum(getattr(module, part).numel() for module in model.modules() if is_experts(module) for part in LoRAExperts.parts(module))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return int(quantized * per_parameter + (total - quantized) * dtype.itemsize)
+    def remember(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        yield kept

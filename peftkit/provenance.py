@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkit.layers import adapter_layers
+from peftkit.layers import adapter_layers, input_embedding
 
 SAMPLES = 128  # values of each weight that go into the hash
 
@@ -40,7 +40,8 @@ def frozen_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of the model's body by name, adapters or not, without the input embedding and the head, which may be resized or new in each task."""
     body: Any = getattr(model, "base_model", model)
     own = {id(t.parameter) for layer in adapter_layers(model).values() for adapter in layer.specs for t in layer.role_parameters(adapter)}
-    own |= {id(parameter) for parameter in _embedding(model)}
+    embedding = input_embedding(model)
+    own |= {id(parameter) for parameter in embedding.parameters()} if embedding is not None else set()
     return {name.replace(".base_layer", ""): parameter for name, parameter in body.named_parameters() if id(parameter) not in own}
 
 
@@ -55,13 +56,6 @@ def weight_hash(model: nn.Module) -> str | None:
         values = weight.detach().reshape(-1)[places.to(weight.device)].cpu().contiguous()
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + values.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _embedding(model: Any) -> list[nn.Parameter]:
-    try:
-        return list(model.get_input_embeddings().parameters())
-    except (AttributeError, NotImplementedError):  # no transformers model, or one that reads no tokens
-        return []
 
 
 def template_hash(tokenizer: Any) -> str | None:

@@ -25,10 +25,12 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 import peftkit as pk
 from peftkit import quant
 from peftkit.config import ConfigError
+from peftkit.forecast import Skeleton
 from peftkit.kernels.experts import Projection, routed_experts
 from peftkit.kernels.lowrank import zero_at_random_
 from peftkit.layers import Experts4bit, LoRAExperts, Spec, adapter_layers, dequantize_experts, is_experts, quantize_experts
-from peftkit.memory import weight_bytes
+from peftkit.memory import count_saved
+from peftkit.recipe import load_recipe
 
 EXPERTS, EACH = 6, 2
 PARTS = ("gate_up_proj", "down_proj")
@@ -263,15 +265,7 @@ def test_only_x_the_gates_input_and_the_narrow_products_are_kept(dtype):
     layer = _layer(dtype=torch.float32)
     layer.experts().to(dtype)
     x, index, weights = _inputs(tokens=20, dtype=dtype)
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    kept = {}
-
-    def remember(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+    with count_saved(layer) as kept:
         y = layer(x, index, weights)
     rows, item = 20 * EACH, dtype.itemsize
     assert sum(kept.values()) == item * (20 * 32 + 20 * EACH + rows * 80 + 2 * rows * 3) + 8 * rows  # x, weights, u, h and k, slots
@@ -553,7 +547,8 @@ def test_qlora_trains_with_all_expert_bytes_in_4_bits(saved, tmp_path, ids):
     assert isinstance(experts, Experts4bit) and experts.stands_for() == weights and {p.dtype for p in experts.parameters()} == {torch.uint8}
     outside = sum(t.nbytes for name, t in [*model.named_parameters(), *model.named_buffers()] if "experts" not in name)
     assert 0.5 * weights <= model.get_memory_footprint() - outside <= 0.6 * weights
-    assert weight_bytes(plain, "nf4", torch.float32) == pytest.approx(model.get_memory_footprint(), rel=0.05)
+    forecast = load_recipe({"model": {"name": str(saved), "dtype": "float32"}, "methods": ["qlora"], "data": {"train": "none.jsonl"}, "output_dir": "none"})
+    assert Skeleton(forecast, plain.config, gpu=False).weights == pytest.approx(model.get_memory_footprint(), rel=0.05)
 
     model.train()
     before = model(ids).logits

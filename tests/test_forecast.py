@@ -15,6 +15,7 @@ from peftkit.config import ConfigError
 from peftkit.forecast import Budget, Forecast, Plan, Row, Skeleton, Workload, forecast, largest_micro_batch, of_micro_batch, with_micro_batch, worst
 from peftkit.forecast.fit import budget, parse_bytes
 from peftkit.loss import TokenLoss
+from peftkit.memory import count_saved
 from peftkit.model import load_config
 from peftkit.recipe import load_recipe
 from peftkit.train import enable_checkpointing
@@ -34,22 +35,13 @@ def skeleton(methods: list, config=None, **options) -> Skeleton:
 
 def kept_for_backward(model) -> int:
     """Bytes that autograd keeps of one forward of a real model, each storage once; its own tensors left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     ids = torch.randint(3, 90, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[:, : TOKENS // 2] = -100
     mask[0, -2:] = 0
-    loss, kept, alive = TokenLoss(model.train()), {}, []
+    loss = TokenLoss(model.train())
     loss.gathers = True
-
-    def remember(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+    with count_saved(model) as kept:
         total, _ = loss(labels, input_ids=ids, attention_mask=mask, position_ids=torch.arange(TOKENS).repeat(ROWS, 1))
     total.backward()
     return sum(kept.values())
@@ -94,6 +86,8 @@ def test_checkpointing_keeps_what_is_between_the_layers():
     assert less.activations < 0.4 * plain.activations and less.backward > plain.backward and less.total < plain.total
     hidden = ROWS * TOKENS * 64 * 4
     assert less.activations >= 3 * hidden
+    selective = forecast(skeleton([{"lora": {"r": 4}}], real.config, gradient_checkpointing="selective"), workload, False)
+    assert plain.activations > selective.activations >= less.activations + 2 * hidden, "of both layers the output of attention"
 
 
 def test_what_is_stored_is_exact():

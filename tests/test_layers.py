@@ -19,6 +19,7 @@ from peftkit import quant
 from peftkit.kernels import dora_norm
 from peftkit.kernels.lowrank import zero_at_random_
 from peftkit.layers import AdapterLayer, LoRALinear, Spec, adapter_layers, dense_weight, features, trainable_parameters
+from peftkit.memory import count_saved
 from peftkit.methods import REGISTRY, LoRA
 
 IN, OUT = 64, 96
@@ -470,16 +471,7 @@ def test_only_x_and_the_narrow_product_are_kept(method):
     """What the fused node keeps for backward: x, h, and for DoRA the output; never a second x or a weight."""
     model = adapted(method, "linear", torch.bfloat16, dropout=0.2).train()
     x = tokens(1000, IN, dtype=torch.bfloat16).requires_grad_()
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def remember(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+    with count_saved(model) as kept:
         y = model(x)
     wanted = 2 * 1000 * (IN + 4) + (2 * 1000 * OUT if method == "dora" else 0)  # x and h; y
     assert sum(kept.values()) == wanted and y.requires_grad

@@ -27,6 +27,7 @@ from peftkit.loss import TokenLoss
 from peftkit.recipe import load_recipe
 from peftkit.result import MetricsLog, plot_loss
 from peftkit.trackers import flat
+from peftkit.train import MICRO_TOKENS, micro_batches_of
 
 
 class Count(TorchDispatchMode):
@@ -241,3 +242,12 @@ def test_the_picture_shows_evaluations_on_the_way(tmp_path):
         log.write({"step": step, "eval_loss": 3.0})
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", 4.0, 3.0)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_micro_batches_by_tokens():
+    """Where the recipe names no size: as many rows as make so many tokens with their padding, rows of like length together, each once."""
+    rows = [3, 900, 40, 2100, 1000, 41, 5, 1024]
+    parts = micro_batches_of(rows, None, lambda row: row)
+    assert parts == [[2100], [1024, 1000], [900, 41], [40, 5, 3]] and MICRO_TOKENS == 2048
+    assert micro_batches_of(rows, 3, lambda row: row) == [[3, 900, 40], [2100, 1000, 41], [5, 1024]]
+    assert micro_batches_of([], None, lambda row: row) == []

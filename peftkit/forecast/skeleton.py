@@ -47,8 +47,7 @@ class Skeleton:
             self.adapted = self._attach(recipe.build_methods())
             self.adapters = self.trace.live - before
             self.model.train()
-            if recipe.train.gradient_checkpointing:
-                enable_checkpointing(self.model)
+            enable_checkpointing(self.model, recipe.train.gradient_checkpointing)
             self.loss = TokenLoss(self.model)
         self.trained = {id(p): p for p in self.model.parameters() if p.requires_grad}
         self.gradients = sum(p.nbytes for p in self.trained.values())

@@ -68,7 +68,10 @@ class Dropout(NamedTuple):
 
     def to_keep(self) -> Tensor | None:
         """What backward should be given, None where it is to draw anew."""
-        return None if self.places is None or self.p > REMEMBERED else self.places.to(torch.int32 if self.places.numel() < 2**31 else torch.int64)
+        if self.places is None or self.p > REMEMBERED:
+            return None
+        narrow = not len(self.places) or int(self.places[-1]) < 2**31  # they ascend
+        return self.places.to(torch.int32 if narrow else torch.int64)
 
     def zero_(self, x: Tensor) -> Tensor:
         """Zeroes the dropped elements of the contiguous `x` in place."""

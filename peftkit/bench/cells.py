@@ -31,6 +31,7 @@ TAIL = 60  # lines of a failed cell's log that are kept in its record
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
 KILLED = (-9, 137)  # how the kernel's out-of-memory killer ends a process, seen by the parent and by a shell
 Kind = Literal["out_of_memory", "divergence", "crash"]
+Stage = Literal["search", "final", "timing"]
 Command = Callable[[Path], Sequence[str]]
 
 
@@ -55,6 +56,19 @@ class Record(Config):
     """1 or 0 for every example of the evaluation set, in its order."""
     examples: str = ""
     """Hash of the reference answers: outcomes are paired only where it agrees."""
+    task: str = ""
+    """Of a suite with several tasks; empty where there is one."""
+    stage: Stage = "final"
+    """search: a shorter run that chooses a learning rate; final: a run that the report counts; timing: no training, step times only."""
+    learning_rate: float | None = None
+    """What the cell trained with."""
+    curve: list[list[float]] = []
+    """[step, training loss, seconds since the start of training] of every logged step."""
+    evaluations: list[list[float]] = []
+    """[step, evaluation loss, seconds since the start of training] where the recipe evaluates between."""
+    timing: dict[str, Any] = {}
+    """Of a timing cell: rounds (step time over the frozen base, one per interleaved round), over_base (their median), seconds,
+    base_seconds (medians), saved_bytes, base_saved_bytes (what autograd keeps for backward)."""
     exit_code: int | None = None
     kind: Kind | None = None
     """Of a failure."""

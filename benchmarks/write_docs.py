@@ -35,7 +35,9 @@ from peftkit.train import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 SCORES, RESULTS = BUILTIN / "tiny" / "scores.json", ROOT / "benchmarks" / "results" / "ci.json"
 ADAPTERS, ARCHITECTURES, MEMORY = (ROOT / "benchmarks" / "results" / name for name in ("adapters.json", "architectures.json", "memory.json"))
-GPU_MODEL, GPU_KERNELS, GPU_ADAPTERS = (ROOT / "benchmarks" / "results" / f"gpu_{name}.json" for name in ("llama8b", "kernels", "adapters"))
+GPU_MODEL, GPU_KERNELS, GPU_ADAPTERS, GPU_MEMORY = (
+    ROOT / "benchmarks" / "results" / f"gpu_{name}.json" for name in ("llama8b", "kernels", "adapters", "memory")
+)
 SECTIONS: dict[str, type[Config]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
 
 
@@ -113,9 +115,11 @@ def gpu(model: Path, kernels: Path, small: Path) -> str:
     for row in parts["rows"]:
         by_kernel.setdefault(row["kernel"], []).append(row["times_faster"])
     faster = [[name, f"{min(times):.1f}", f"{statistics.median(times):.1f}", f"{max(times):.1f}"] for name, times in by_kernel.items()]
-    shape = next(iter(little["tables"].values()))
     launched = [
-        [row["method"], *(f"{ratio:.2f}" for ratio in (row["peftkit"]["time_over_base"], row["peft"]["time_over_base"], row["faster_than_peft"]))]
+        [f"{shape['config']['num_hidden_layers']} x {shape['config']['hidden_size']}", row["method"]]
+        + [f"{ratio:.2f}" for ratio in (row["peftkit"]["time_over_base"], row["peft"]["time_over_base"], row["faster_than_peft"])]
+        + [f"{row[who]['saved_over_base']:.2f}" for who in ("peftkit", "peft")]
+        for shape in little["tables"].values()
         for row in shape["rows"]
     ]
     versions = found["versions"]
@@ -126,9 +130,9 @@ def gpu(model: Path, kernels: Path, small: Path) -> str:
         table(["method", "checkpointing", "who", "seconds", "tokens/s", "peak GiB"], rows),
         "**The Triton kernels against plain torch**, times faster, over the linears of that model and 512 to 8,192 tokens:",
         table(["kernel", "least", "median", "most"], faster),
-        f"**The small model of the table above** ({shape['config']['hidden_size']} wide) has so little to compute that its step is the launching of kernels; "
-        "there what counts is the number of launches and Python's time for each, and no adapter is near the base:",
-        table(["method", "step time / frozen base", "peft's", "times faster than peft"], launched),
+        f"**Small work**: few layers on {little['batch'][0]} x {little['batch'][1]} tokens have so little to compute that a step is the launching of kernels; what counts there is "
+        "the number of launches and Python's time for each, no adapter is near the base, and ours are not faster than peft's LoRA:",
+        table(["model", "method", "step time / frozen base", "peft's", "times faster than peft", "saved bytes / frozen base", "peft's"], launched),
     ])  # fmt: skip
 
 
@@ -182,10 +186,11 @@ def memory(path: Path) -> str:
         missed = "" if abs(row["error"]) <= found["bound"] else ", missed"
         rows.append([row["name"], mib[0], mib[1], f"{100 * row['error']:+.1f}%{missed}", mib[2], mib[3]])
     columns = ["setting", "peak, MiB", "forecast", f"error (at most {found['bound']:.0%})", "loaded model, MiB", "forecast"]
-    machine, kept = found["machine"], "goes back to the system at once" if found["return_freed"] else "is kept as glibc does by default"
+    machine, kept = found["machine"], "; freed memory goes back to the system at once" if found["return_freed"] else "; freed memory is kept as glibc does"
+    where = machine.get("gpu") or f"{machine['processor']}, 1 thread"
     facts = (
-        f"On {machine.get('gpu') or machine['processor']}, 1 thread; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
-        f"bitsandbytes {found['versions']['bitsandbytes']}; freed memory {kept}."
+        f"On {where}; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
+        f"bitsandbytes {found['versions']['bitsandbytes']}{'' if machine.get('gpu') else kept}."
     )
     return f"{facts}\n\n{table(columns, rows)}"
 
@@ -219,6 +224,8 @@ def blocks() -> dict[Path, dict[str, str]]:
         found[docs / "architectures.md"]["architectures"] = architectures(ARCHITECTURES)
     if MEMORY.exists():
         found[docs / "check.md"]["memory"] = memory(MEMORY)
+    if GPU_MEMORY.exists():
+        found[docs / "check.md"]["memory:gpu"] = memory(GPU_MEMORY)
     return found
 
 

@@ -19,7 +19,7 @@ from peftkit.config import ConfigError, dump_yaml, read_yaml, suggest
 COMPOSED: dict[str, dict[str, Any]] = {
     "full": {"methods": [], "train": {"full_finetuning": True}},
     "qdora": {"model": {"quantize": "nf4"}, "methods": ["dora"]},
-    "rslora": {"methods": [{"lora": {"use_rslora": True}}]},
+    "rslora": {"methods": [{"lora": {"rslora": True}}]},
     "pissa": {"methods": [{"lora": {"init": "pissa"}}]},
 }
 """Methods under names of their own, beside those of the registry and their sums (`lora+neftune`)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from peftkit.bench.keys import Code
 from peftkit.bench.records import Record, Searched
@@ -54,9 +54,9 @@ def search(suite: Suite, task: str, method: str, code: Code, run: Callable[[Cell
         study.enqueue_trial({"learning_rate": rate})
     study.optimize(objective, n_trials=len(rates))
     chosen = best(tried, rates)
-    edge = None if len(rates) == 1 else "lowest" if chosen == rates[0] else "highest" if chosen == rates[-1] else None
+    edges: dict[float, Literal["lowest", "highest"]] = {rates[0]: "lowest", rates[-1]: "highest"}
     return Searched(
-        task=task, method=method, rates=rates, chosen=chosen, edge=edge, judged_by=judged_by,
+        task=task, method=method, rates=rates, chosen=chosen, edge=edges.get(chosen), judged_by=judged_by,
         losses={f"{rate:g}": tried[rate] for rate in sorted(tried)},
     )  # fmt: skip
 

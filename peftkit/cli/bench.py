@@ -27,9 +27,7 @@ def run(
     only: Annotated[str | None, typer.Option(help="Run these methods only: lora,dora")] = None,
     recipe: Annotated[str | None, typer.Option(help="Instead of a suite: your own recipe, with --methods in the place of its own.")] = None,
     methods: Annotated[str | None, typer.Option(help="With --recipe: lora,dora,qlora,loraplus,lora+neftune,full,...; the first is the reference.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="With --recipe: time for all of it, such as 2h or 90m; learning rates and seeds are chosen to fit.")
-    ] = None,
+    budget: Annotated[str | None, typer.Option(help="With --recipe: time for all, such as 2h; learning rates and seeds are chosen to fit.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="With --recipe: seeds of each method.")] = None,
     learning_rates: Annotated[str | None, typer.Option(help="With --recipe: 1e-4,3e-4,1e-3; of several, each method's best is chosen first.")] = None,
     launcher: Annotated[str, typer.Option(help="local, or submitit for a cluster.")] = "local",
@@ -123,9 +121,10 @@ def _own(
     first = own_suite(recipe, methods[:1], 1, grid[:1] if grid else None, False)
     first = checked(first.model_copy(update={"timing": False}), folder / first.name)
     console.print("the first run tells how much fits", highlight=False)
-    (record, *_) = run_suite(first, folder, 1, None, console, launcher=launcher, seconds=allowed) or [None]
-    if record is None:
+    records = run_suite(first, folder, 1, None, console, launcher=launcher, seconds=allowed)
+    if not records:
         raise ConfigError(f"--budget {budget}: not even one run ended in that time; what is done is kept, and the same command with more goes on")
+    record = records[0]
     if record.status == "failed":
         raise ConfigError(f"{record.failure()}, log: {record.log}\n{record.traceback or ''}".rstrip())
     planned = plan(record, len(methods), allowed, jobs, seeds, len(grid) if grid else None)

@@ -90,18 +90,9 @@ def _run(runner: Runner, planned: list[Cell], what: str) -> None:
 
     def shown(record: Record) -> str | None:
         done = runner.new[started:]
-        return f"[{done.index(record) + 1}/{todo}] {line(record, runner.suite.metric)}" if record in done else None
+        return f"[{done.index(record) + 1}/{todo}] {record.line(runner.suite.metric)}" if record in done else None
 
     runner.all([partial(runner.record, cell) for cell in planned], shown)
-
-
-def line(record: Record, metric: str) -> str:
-    """What a person sees of a cell that has ended."""
-    if record.status == "failed":
-        return f"{record.failure()}, after {record.wall_seconds:.0f} s, log: {record.log}"
-    if record.stage == "timing":
-        return f"{record.name()}: {record.timing['over_base']:.3f} of the frozen base's step, {record.wall_seconds:.0f} s"
-    return f"{record.name()}: {metric} {record.after[metric]:.3f}, {record.wall_seconds:.0f} s"
 
 
 def _search(suite: Suite, runner: Runner, code: Code) -> list[Searched]:

@@ -70,6 +70,16 @@ class Record(Config):
         """One line on what failed and how."""
         return f"{self.name()}: FAILED ({str(self.kind).replace('_', ' ')}, exit code {self.exit_code})"
 
+    def line(self, metric: str) -> str:
+        """What a person sees of a cell that has ended."""
+        if self.status == "failed":
+            return f"{self.failure()}, after {self.wall_seconds:.0f} s, log: {self.log}"
+        if self.stage == "timing":
+            return f"{self.name()}: {self.timing['over_base']:.3f} of the frozen base's step, {self.wall_seconds:.0f} s"
+        shown = "loss" if self.stage == "search" else metric
+        steps = f", {self.train['steps']} steps" if self.stage == "search" else ""
+        return f"{self.name()}{steps}: {shown} {self.after[shown]:.3f}, {self.wall_seconds:.0f} s"
+
     @property
     def settled(self) -> bool:
         """Whether running the cell again would tell nothing new: it is done, diverged or ran out of memory.

@@ -100,6 +100,8 @@ class Runner:
         with self.lock:
             self.records[cell.folder] = record
             self.new.append(record)
+        if cell.stage == "search":  # what the works of `all` return is said there, and a search returns only at its end
+            self.console.print(record.line(self.suite.metric), highlight=False, markup=False, soft_wrap=True)
         return record
 
     def _left_out(self, cell: Cell) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from peftkit.bench.answers import read_answers, shared_examples, wrong_answers
 from peftkit.bench.suite import PACKAGE, Cell, Suite, cells, code_hash
 from peftkit.config import Config, ConfigError, Source, dump_yaml, suggest, validate
 
@@ -56,6 +57,8 @@ class Record(Config):
     """1 or 0 for every example of the evaluation set, in its order."""
     examples: str = ""
     """Hash of the reference answers: outcomes are paired only where it agrees."""
+    wrong: dict[str, str] = {}
+    """Position of an example that was answered wrong -> the answer, cut after `answers.KEPT` characters."""
     task: str = ""
     """Of a suite with several tasks; empty where there is one."""
     stage: Stage = "final"
@@ -93,14 +96,18 @@ class Results(Config):
     created: str
     machine: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    published: list[dict[str, Any]] = []
+    """Rows of others, shown beside ours: method, task, metric, value, source."""
+    examples: dict[str, list[dict[str, str]]] = {}
+    """task -> prompt and answer of every example of its evaluation set, cut after `answers.KEPT` characters."""
     cells: list[Record]
 
     @property
     def methods(self) -> dict[str, list[Record]]:
-        """Records by method, in the order of the suite."""
+        """Final records by method, in the order of the suite; a method none of whose final cells ran has none."""
         found: dict[str, list[Record]] = {}
         for record in self.cells:
-            found.setdefault(record.method, []).append(record)
+            found.setdefault(record.method, []).extend([record] if record.stage == "final" else [])
         return found
 
     @property
@@ -227,11 +234,12 @@ def _record(cell: Cell, place: Path, code: int, seconds: float, metric: str) -> 
     try:
         result = _read_json(place / "run" / "result.json")
         found = {name: result[name] for name in ("before", "after", "train", "adapter", "machine", "versions")}
-        outcomes, examples = _outcomes(place / "run" / "predictions.jsonl")
+        rows = read_answers(place / "run" / "predictions.jsonl")
+        outcomes, examples = _outcomes(rows)
         share = sum(outcomes) / max(len(outcomes), 1)
         if abs(share - result["after"][metric]) > 1e-6:
             raise ValueError(f"result.json says {metric} {result['after'][metric]}, predictions.jsonl {share}")
-        return Record(**shared, status="done", outcomes=outcomes, examples=examples, **found)
+        return Record(**shared, status="done", outcomes=outcomes, examples=examples, wrong=wrong_answers(rows), **found)
     except (OSError, ValueError, KeyError) as error:  # a run that says it is done and is not
         text = f"exit code 0, but its results cannot be used: {type(error).__name__}: {error}"
         return Record(**shared, status="failed", kind="crash", traceback=text)
@@ -249,10 +257,8 @@ def _tail(log: Path) -> str:
     return text[max(text.rfind("Traceback (most recent call last)"), 0) :]
 
 
-def _outcomes(path: Path) -> tuple[list[int], str]:
+def _outcomes(rows: list[dict[str, Any]]) -> tuple[list[int], str]:
     """Whether each example of the evaluation set was answered right, and the hash of the reference answers."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = sorted((line for line in lines if line["set"] == "eval"), key=lambda line: line["index"])
     answers = json.dumps([row["answer"] for row in rows])
     return [int(row["correct"]) for row in rows], hashlib.sha256(answers.encode()).hexdigest()[:12]
 
@@ -294,7 +300,9 @@ def read_json_file(path: Path, hint: str) -> Any:
 
 def write_results(path: Path, results: Results) -> None:
     """Writes results.json, one line per cell, so that a committed file stays readable and a change shows where it is."""
-    head = json.dumps(results.model_dump(exclude={"cells"}), indent=2, ensure_ascii=False).removesuffix("\n}")
+    head = json.dumps(results.model_dump(exclude={"cells", "examples"}), indent=2, ensure_ascii=False).removesuffix("\n}")
+    examples = ",\n".join(f"    {json.dumps(task)}: {json.dumps(rows, ensure_ascii=False)}" for task, rows in results.examples.items())
+    head += f',\n  "examples": {{\n{examples}\n  }}' if examples else ""
     lines = ",\n".join("    " + json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) for record in results.cells)
     _write(path, f'{head},\n  "cells": [\n{lines}\n  ]\n}}\n')
 
@@ -311,6 +319,7 @@ def _results(suite: Suite, records: list[Record]) -> Results:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=done[0].machine if done else {},
         versions=done[0].versions if done else {},
+        examples=shared_examples((record.task, Path(record.log).parent / "run" / "predictions.jsonl") for record in done),
         cells=records,
     )
 

@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("results", nargs="?", default=str(ROOT / "benchmarks" / "results" / "ci.json"))
     parser.add_argument("--folder", default=str(ROOT / "docs"))
     parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="pictures of the whole page, however long")
     arguments = parser.parse_args()
     browser_path = chromium()
     if browser_path is None:
@@ -75,7 +76,8 @@ def main() -> int:
         browser = playwright.chromium.launch(executable_path=browser_path, args=list(FLAGS))
         for width in SIZES:
             watched = opened(browser, file, width, "dark" if arguments.dark else "light")
-            height = min(watched.page.evaluate("document.documentElement.scrollHeight"), TALLEST[width])
+            height = watched.page.evaluate("document.documentElement.scrollHeight")
+            height = height if arguments.whole else min(height, TALLEST[width])
             path = Path(arguments.folder) / f"report-{width}.png"
             watched.page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
             wrong += [f"{width}: {text}" for text in (*watched.said, *watched.asked)]

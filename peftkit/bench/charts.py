@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peftkit.bench.cells import Record, Results
 from peftkit.bench.compare import done, percent_or_number, score, tasks
@@ -77,6 +77,8 @@ class Figure:
     note: str
     charts: Sequence[Chart] = field(default_factory=tuple)
     small: bool = False
+    folded: bool = False
+    """Whether the page shows its title alone until it is asked for: the same for a second task."""
 
 
 def figures(results: Results) -> list[Figure]:
@@ -85,10 +87,10 @@ def figures(results: Results) -> list[Figure]:
     found = [_accuracies(results), _against(results, "memory", "peak memory (MiB)", _peak)]
     ratio = [record for record in results.cells if record.stage == "timing" and record.status == "done"]
     found.append(_against(results, "step-time", "step time, x frozen base" if ratio else "seconds per step", _ratio(ratio) if ratio else _step_seconds))
-    for task in tasks(results):
-        found.append(_learning_rates(results, task, f"-{task}" if several else ""))
-    for task in tasks(results):
-        found.append(_losses(results, task, f"-{task}" if several else ""))
+    for of_task in (_learning_rates, _losses):
+        for i, task in enumerate(tasks(results)):
+            figure = of_task(results, task, f"-{task}" if several else "")
+            found.append(replace(figure, folded=i > 0))
     return found
 
 

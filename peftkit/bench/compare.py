@@ -123,7 +123,8 @@ def in_one_sentence(results: Results) -> str:
         if named:
             parts.append(f"{_and(named)} {'is' if len(named) == 1 else 'are'} {outcome} than {reference}")
     if equal := by_outcome["equal"]:
-        parts.append(f"{_and(equal) if len(equal) < 4 else f'{len(equal)} methods'} cannot be told apart from {reference}")
+        some = f"{_and(equal) if len(equal) < 4 else f'{len(equal)} methods'} cannot be told apart"
+        parts.append(f"{f'None of {len(equal)} methods can be told apart' if len(equal) == len(found) > 2 else some} from {reference}")
     if by_outcome["unknown"]:
         parts.append(f"{_and(by_outcome['unknown'])} cannot be compared with {reference}")
     spread = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else "1 seed" if seeds == {1} else f"{max(seeds)} seeds"

@@ -82,29 +82,41 @@ HIGH_FIRST = ("before", "accuracy (95% interval)", "tokens/s")
 
 
 def _columns(results: Results) -> list[dict[str, str]]:
+    """The headers; accuracy comes first, because a phone shows no more than that beside the names."""
+    columns = [{"name": _short(name), "kind": "number", "first": "descending" if name in HIGH_FIRST else "ascending"} for name in _measured(results)]
+    return [{"name": "method", "kind": "text", "first": "ascending"}, *columns]
+
+
+def _measured(results: Results) -> list[str]:
     names, _ = columns_and_rows(results)
-    return [{"name": name, "kind": "number" if name in NUMBERS else "text", "first": "descending" if name in HIGH_FIRST else "ascending"} for name in names]
+    return sorted((name for name in names if name in NUMBERS), key=lambda name: not name.startswith("accuracy"))
+
+
+def _short(name: str) -> str:
+    return name.replace(" (95% interval)", "")
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
     """Our methods, then the published rows of others: the metric and its source, and nothing that was not published."""
     names, texts = columns_and_rows(results)
-    rows = []
-    for row, shown in zip(table(results), texts, strict=True):
-        cells = [_cell(row, name, text) for name, text in zip(names, shown, strict=True)]
-        rows.append({"method": row.method, "cells": cells[1:], "failed": bool(row.failed), "published": False})
-    for each in results.published:
-        if each["metric"] == results.metric:
-            task = f", {each['task']}" if each.get("task") else ""
-            accuracy = Cell(percent_or_number(results.metric, each["value"]), str(each["value"]))
-            cells = [accuracy if name.startswith("accuracy") else Cell("-", "") for name in names[2:]]
-            source = Cell(str(each["source"]), str(each["source"]))
-            rows.append({"method": f"{each['method']}{task}", "cells": [source, *cells], "failed": False, "published": True})
+    rows, shown = [], _measured(results)
+    for row, each in zip(table(results), texts, strict=True):
+        by_name = dict(zip(names, each, strict=True))
+        rows.append(
+            {"method": row.method, "small": by_name[names[1]], "failed": bool(row.failed), "published": False}
+            | {"cells": [_cell(row, name, by_name[name]) for name in shown]}
+        )
+    for published in results.published:
+        if published["metric"] == results.metric:
+            task = f", {published['task']}" if published.get("task") else ""
+            accuracy = Cell(percent_or_number(results.metric, published["value"]), str(published["value"]))
+            cells = [accuracy if name.startswith("accuracy") else Cell("-", "") for name in shown]
+            rows.append({"method": f"{published['method']}{task}", "small": published["source"], "failed": False, "published": True, "cells": cells})
     return rows
 
 
 def _cell(row: Row, name: str, text: str) -> Cell:
-    value = NUMBERS[name](row) if name in NUMBERS else text
+    value = NUMBERS[name](row)
     main, _, interval = text.partition(" (")
     return Cell(main, "" if value is None else str(value), interval.removesuffix(")"))
 
@@ -159,7 +171,7 @@ def _drawn(figure: Figure, results: Results) -> dict[str, Any]:
     keys = {method: style for method, style in style_of(results).items() if method in shown}
     needs_legend = any(len({series.name for series in chart.series}) > 2 and not chart.y.categories and not figure.small for chart in figure.charts)
     wide = any(chart.y.categories for chart in figure.charts) or figure.small
-    return {"figure": figure, "drawn": drawn, "legend": legend(keys) if needs_legend else "", "wide": wide}
+    return {"figure": figure, "name": name, "drawn": drawn, "legend": legend(keys) if needs_legend else "", "wide": wide}
 
 
 def _height(chart: Chart, width: int) -> int:
@@ -206,6 +218,7 @@ def _groups(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "title": _title(records[0]),
+            "stage": records[0].stage,
             "records": records,
             "failed": sum(record.status == "failed" for record in records),
             "recipe": dump_yaml(_without_seed(records[0].recipe)) if records[0].recipe else "not kept",

@@ -118,7 +118,8 @@ def columns_and_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """The table as texts, without the columns that no method measured."""
     rows = [row.texts(results.metric) for row in table(results)]
     shown = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] != "-" for row in rows)]
-    return [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows]
+    names = ["cells" if name == "seeds" and len(tasks(results)) > 1 else name for name in COLUMNS]
+    return [names[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def _task_table(results: Results) -> list[str]:

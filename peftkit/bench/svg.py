@@ -66,7 +66,7 @@ def render(chart: Chart, width: int, height: int, name: str) -> Markup:
     top, bottom = (26 if chart.title else 8), (44 if chart.x.label else 26)
     y = Scale(chart.y, ys, *((top, height - bottom) if chart.y.categories else (height - bottom, top)), most=max(2, height // 45))
     longest = max((len(y.text(tick)) for tick in y.ticks), default=1)
-    left = min(longest, width * 0.4 / CHARACTER) * CHARACTER + (10 if chart.y.categories else 30)
+    left = min(longest, width * 0.4 / CHARACTER) * CHARACTER + (10 if chart.y.categories else 34)
     x = Scale(chart.x, xs, left, width - 16, most=max(2, int((width - left) // 64)))
 
     parts = [Markup('<title id="{0}-t">{1}</title><desc id="{0}-d">{2}</desc>').format(name, chart.title or chart.x.label or name, chart.told)]

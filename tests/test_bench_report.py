@@ -16,7 +16,7 @@ from peftkit.bench import palette
 from peftkit.bench.answers import KEPT, read_answers, shared_examples, wrong_answers
 from peftkit.bench.cells import Results, load_results, write_results
 from peftkit.bench.charts import Axis, figures, mean_curve, pareto, thin
-from peftkit.bench.compare import comparisons, comparisons_by_task, in_one_sentence, pooled, tasks
+from peftkit.bench.overview import comparisons, comparisons_by_task, in_one_sentence, pooled, tasks
 from peftkit.bench.page import html
 from peftkit.bench.plots import save_plots
 from peftkit.bench.report import markdown, table
@@ -371,3 +371,11 @@ def test_texts_in_figures_are_not_cut(browser, page_file):
 
 def test_the_order_of_tasks_is_that_of_the_suite():
     assert tasks(synthetic()) == list(TASKS)
+
+
+def test_learning_rates_by_loss_where_search_runs_have_no_other_score():
+    results = synthetic()
+    cells = [each.model_copy(update={"after": {"loss": 1.0 / each.learning_rate}}) if each.stage == "search" else each for each in results.cells]
+    figure = {each.key: each for each in figures(results.model_copy(update={"cells": cells}))}["learning-rates-sql"]
+    assert {chart.y.label for chart in figure.charts} == {"loss"}
+    assert {(mark.x, mark.y) for mark in figure.charts[0].series[0].marks} == {(1e-3, 1e3), (3e-3, 1 / 3e-3), (1e-2, 1e2), (3e-3, 0.2)}

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from peftkit.bench.cells import Record, Results
-from peftkit.bench.compare import done, percent_or_number, score, tasks
-from peftkit.bench.statistics import Interval, mean_over_seeds
+from peftkit.bench.overview import SHARES, done, percent_or_number, score, tasks
+from peftkit.bench.statistics import Interval
 
 POINTS = 80  # of a loss curve: finer than a figure of a few hundred pixels can show
 Span = tuple[float, float]
@@ -183,21 +183,28 @@ def _learning_rates(results: Results, task: str, suffix: str) -> Figure:
     by_method = {method: {rate_of(record) for record in cells if record.method == method and rate_of(record)} for method in results.methods}
     if not any(len(found) > 1 for found in by_method.values()):
         return Figure(f"learning-rates{suffix}", title, "Each method ran with one learning rate, so nothing is known of how much that choice matters.")
+    cells = [record for record in cells if rate_of(record)]
+    metric = results.metric if all(results.metric in record.after for record in cells) else "loss"  # search runs may be scored by their loss alone
+    cells = [record for record in cells if metric in record.after]
+    if not cells:
+        return Figure(f"learning-rates{suffix}", title, "The runs that chose the learning rates were not scored.")
+    values = [record.after[metric] for record in cells]
+    log = metric not in SHARES and min(values) > 0 and max(values) / min(values) > 20
     x = Axis("learning rate", lambda value: f"{value:.0e}".replace("e-0", "e-"), log=True, range=(rates[0] / 1.3, rates[-1] * 1.3))
-    values = [record.after[results.metric] for record in cells if results.metric in record.after]
-    y, charts = _metric_axis(results.metric, (min(values), max(values))), []
+    y, charts = replace(_metric_axis(metric, (min(values), max(values))), log=log), []
     for method, style in style_of(results).items():
+        own = [record for record in cells if record.method == method]
         marks, lines, told = [], [], []
-        for stage, steps in sorted({(record.stage, record.train.get("steps", 0)) for record in cells if record.method == method}, reverse=True):
+        for stage, steps in sorted({(record.stage, record.train.get("steps", 0)) for record in own}, reverse=True):
             found: dict[float, list[float]] = {}
-            for record in cells:
-                if (record.method, record.stage, record.train.get("steps", 0)) == (method, stage, steps) and (rate := rate_of(record)):
-                    found.setdefault(rate, []).append(record.after[results.metric])
+            for record in own:
+                if (record.stage, record.train.get("steps", 0)) == (stage, steps):
+                    found.setdefault(rate_of(record) or 0.0, []).append(record.after[metric])
             for rate, scores in sorted(found.items()):
-                mean = mean_over_seeds(scores)
-                text = f"learning rate {rate:g}, {stage}, {steps} steps: {percent_or_number(results.metric, mean.mean)} over {len(scores)} seeds"
+                mean = statistics.fmean(scores)
+                text = f"learning rate {rate:g}, {stage}, {steps} steps: {metric} {percent_or_number(metric, mean)} over {len(scores)} seeds"
                 reach = (min(scores), max(scores)) if len(scores) > 1 else None
-                marks.append(Mark(rate, mean.mean, f"{method}: {text}", y_span=reach, hollow=stage == "search"))
+                marks.append(Mark(rate, mean, f"{method}: {text}", y_span=reach, hollow=stage == "search"))
                 told.append(text)
             if len(found) > 1:
                 lines.append(Line([(rate, statistics.fmean(scores)) for rate, scores in sorted(found.items())], "bold" if stage == "final" else "dashed"))

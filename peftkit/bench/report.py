@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftkit.bench.cells import Record, Results
-from peftkit.bench.compare import comparisons, comparisons_by_task, in_one_sentence, percent_or_number, score, tasks
+from peftkit.bench.overview import comparisons, comparisons_by_task, in_one_sentence, percent_or_number, score, tasks
 from peftkit.bench.statistics import Difference, Interval, mean_over_seeds
 
 COLUMNS = (

@@ -67,12 +67,14 @@ def pooled(intervals: Sequence[Interval]) -> Interval:
 
 def comparisons(results: Results) -> list[Comparison]:
     """Every other method against the first, over all tasks."""
-    return [_compare(results, method, list(tasks(results)), POOLED) for method in list(results.methods)[1:]]
+    reference, *others = results.methods or [""]
+    return [against(results, method, reference) for method in others]
 
 
 def comparisons_by_task(results: Results) -> list[Comparison]:
     """Every other method against the first, task by task."""
-    return [_compare(results, method, [task], task) for task in tasks(results) for method in list(results.methods)[1:]]
+    reference, *others = results.methods or [""]
+    return [against(results, method, reference, task) for task in tasks(results) for method in others]
 
 
 def _one_task(records: Sequence[Record], metric: str) -> Interval:
@@ -83,8 +85,9 @@ def _one_task(records: Sequence[Record], metric: str) -> Interval:
     return mean_over_seeds([record.after[metric] for record in records])
 
 
-def _compare(results: Results, method: str, over: list[str], task: str) -> Comparison:
-    reference = next(iter(results.methods))
+def against(results: Results, method: str, reference: str, task: str = POOLED) -> Comparison:
+    """One method against another, over all tasks or on one."""
+    over = [task] if task else tasks(results)
     found = []
     for each in over:
         a, b = done(results.methods[method], each), done(results.methods[reference], each)

@@ -310,11 +310,19 @@ class Scorer:
             )  # fmt: skip
         if predictions is not None and self.writes:
             lines = [
-                json.dumps({"set": name, "index": i, "correct": p.correct, "prediction": p.prediction, "answer": p.answer}, ensure_ascii=False)
-                for name, answers in found.predictions.items() for i, p in enumerate(answers)
+                json.dumps({
+                    "set": name, "index": i, "correct": p.correct, "prompt": prompt, "prediction": p.prediction, "answer": p.answer,
+                }, ensure_ascii=False)
+                for name, answers in found.predictions.items() for i, (p, prompt) in enumerate(zip(answers, self._prompts(name), strict=True))
             ]  # fmt: skip
             predictions.write_text("".join(line + "\n" for line in lines))
         return found.values
+
+    def _prompts(self, name: str) -> list[str]:
+        """The prompts of a set of predictions as text, without the template's special tokens."""
+        by_set = {each.name: each.examples for each in self.retained}
+        examples = by_set.get(name, self.main.examples if self.main else ())  # "eval" and "choices" are of the same rows
+        return [self.tokenizer.decode(example.prompt_ids, skip_special_tokens=True).strip() for example in examples]
 
     def loss_now(self) -> float:
         """The loss on the evaluation set, in the middle of training."""

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from peftkit.bench.cells import Results, read_json_file
+from peftkit.bench.records import Results, read_json_file
 from peftkit.bench.statistics import accuracy, mean_over_seeds, t_quantile
 from peftkit.config import Config, ConfigError, Source, validate
 

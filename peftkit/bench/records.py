@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from peftkit.bench.answers import read_answers, shared_examples, wrong_answers
 from peftkit.bench.keys import PACKAGE
 from peftkit.bench.suite import METRICS, Cell, Stage, Suite, memory_bytes
 from peftkit.config import Config, ConfigError, Source, validate
@@ -42,6 +43,8 @@ class Record(Config):
     """1 or 0 for every example of the evaluation set, in its order; empty where the metric has no single answers."""
     examples: str = ""
     """Hash of the reference answers: outcomes are paired only where it agrees."""
+    wrong: dict[str, str] = {}
+    """Position of an example that was answered wrong -> the answer, cut after `answers.KEPT` characters."""
     task: str = ""
     """Of a suite with several tasks; empty where there is one."""
     stage: Stage = "final"
@@ -137,15 +140,16 @@ class Results(Config):
     unfinished: int = 0
     """Cells that were not run because the time given to the suite was over."""
     search: list[Searched] = []
+    examples: dict[str, list[dict[str, str]]] = {}
+    """task -> prompt and answer of every example of its evaluation set, cut after `answers.KEPT` characters."""
     cells: list[Record]
 
     @property
     def methods(self) -> dict[str, list[Record]]:
-        """Final records by method, in the order of the suite."""
+        """Final records by method, in the order of the suite; a method none of whose final cells ran has none."""
         found: dict[str, list[Record]] = {}
         for record in self.cells:
-            if record.stage == "final":
-                found.setdefault(record.method, []).append(record)
+            found.setdefault(record.method, []).extend([record] if record.stage == "final" else [])
         return found
 
     @property
@@ -199,7 +203,8 @@ def _trained(place: Path, metric: str) -> dict[str, Any]:
     found["learning_rate"] = (result["recipe"].get("train") or {}).get("learning_rate")
     value, answers = result["after"][metric], METRICS[metric].answers
     if answers is not None:
-        found["outcomes"], found["examples"] = _outcomes(place / "run" / "predictions.jsonl", answers)
+        rows = read_answers(place / "run" / "predictions.jsonl", answers)
+        found |= {"outcomes": [int(row["correct"]) for row in rows], "examples": _hash_of_references(rows), "wrong": wrong_answers(rows)}
         share = sum(found["outcomes"]) / max(len(found["outcomes"]), 1)
         if abs(share - value) > 1e-6:
             raise ValueError(f"result.json says {metric} {value}, predictions.jsonl {share}")
@@ -235,12 +240,8 @@ def _tail(log: Path) -> str:
     return text[max(text.rfind("Traceback (most recent call last)"), 0) :]
 
 
-def _outcomes(path: Path, answers: str) -> tuple[list[int], str]:
-    """Whether each example of the set `answers` was answered right, and the hash of the reference answers."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = sorted((line for line in lines if line["set"] == answers), key=lambda line: line["index"])
-    references = json.dumps([row["answer"] for row in rows])
-    return [int(row["correct"]) for row in rows], hashlib.sha256(references.encode()).hexdigest()[:12]
+def _hash_of_references(rows: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([row["answer"] for row in rows]).encode()).hexdigest()[:12]
 
 
 def read_record(place: Path, key: str) -> Record | None:
@@ -274,7 +275,9 @@ def read_json_file(path: Path, hint: str) -> Any:
 
 def write_results(path: Path, results: Results) -> None:
     """Writes results.json, one line per cell, so that a committed file stays readable and a change shows where it is."""
-    head = json.dumps(results.model_dump(exclude={"cells"}), indent=2, ensure_ascii=False).removesuffix("\n}")
+    head = json.dumps(results.model_dump(exclude={"cells", "examples"}), indent=2, ensure_ascii=False).removesuffix("\n}")
+    examples = ",\n".join(f"    {json.dumps(task)}: {json.dumps(rows, ensure_ascii=False)}" for task, rows in results.examples.items())
+    head += f',\n  "examples": {{\n{examples}\n  }}' if examples else ""
     lines = ",\n".join("    " + json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) for record in results.cells)
     write_whole(path, f'{head},\n  "cells": [\n{lines}\n  ]\n}}\n')
 
@@ -282,6 +285,8 @@ def write_results(path: Path, results: Results) -> None:
 def results_of(suite: Suite, records: Sequence[Record], searched: Sequence[Searched], steps: dict[tuple[str, str], int], unfinished: int) -> Results:
     """The content of results.json."""
     done = [record for record in records if record.status == "done"]
+    answers = METRICS[suite.metric].answers
+    predictions = [(record.task, Path(record.log).parent / "run" / "predictions.jsonl") for record in done if record.stage == "final"]
     commit = _git("rev-parse", "HEAD") if _git("ls-files", "__init__.py") else None
     budget = suite.budget.model_dump(exclude_none=True) if suite.budget else {}
     return Results(
@@ -300,6 +305,7 @@ def results_of(suite: Suite, records: Sequence[Record], searched: Sequence[Searc
         published=[row.model_dump() for row in suite.published],
         unfinished=unfinished,
         search=list(searched),
+        examples=shared_examples(predictions, answers) if answers else {},
         cells=list(records),
     )
 

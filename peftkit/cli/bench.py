@@ -136,10 +136,11 @@ def _own(
 @bench.command()
 def report(
     results: ResultsPath,
-    format: Annotated[str, typer.Option(help="terminal or markdown")] = "terminal",
+    format: Annotated[str, typer.Option(help="terminal, markdown or html")] = "terminal",
     output: Annotated[str | None, typer.Option(help="Write it to this file.")] = None,
+    plots: Annotated[str | None, typer.Option(metavar="FOLDER", help="Write the figures there too, as SVG and PNG.")] = None,
 ) -> None:
-    """Methods side by side: accuracy with intervals, forgetting, speed, memory, size."""
+    """Methods side by side: accuracy with intervals, forgetting, speed, memory, size; html is one page with figures and examples."""
     from pathlib import Path
 
     from rich.console import Console
@@ -149,17 +150,34 @@ def report(
     from peftkit.cli.common import stdout
     from peftkit.config import ConfigError, suggest
 
-    if format not in ("terminal", "markdown"):
-        raise ConfigError(f"--format {format}: unknown{suggest(format, ('terminal', 'markdown'))} (there are: terminal, markdown)")
+    formats = ("terminal", "markdown", "html")
+    if format not in formats:
+        raise ConfigError(f"--format {format}: unknown{suggest(format, formats)} (there are: {', '.join(formats)})")
     loaded = load_results(results)
+    if plots:
+        from peftkit.bench.plots import save_plots
+
+        for path in save_plots(loaded, plots):
+            typer.echo(f"figure: {path}", err=True)
+    if format == "terminal":
+        if output:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            with Path(output).open("w") as file:
+                terminal(loaded, Console(file=file, width=160))
+        else:
+            terminal(loaded, stdout())
+        return
+    if format == "html":
+        from peftkit.bench.page import html
+
+        text = html(loaded)
+    else:
+        text = markdown(loaded)
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        with Path(output).open("w") as file:
-            file.write(markdown(loaded)) if format == "markdown" else terminal(loaded, Console(file=file, width=160))
-    elif format == "markdown":
-        typer.echo(markdown(loaded), nl=False)
+        Path(output).write_text(text)
     else:
-        terminal(loaded, stdout())
+        typer.echo(text, nl=False)
 
 
 @bench.command()

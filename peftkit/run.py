@@ -23,6 +23,7 @@ from peftkit import train as training
 from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.config import ConfigError, read_yaml
 from peftkit.console import bar
+from peftkit.energy import energy_joules
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
 from peftkit.memory import human
@@ -85,18 +86,20 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     if accelerator.num_processes > 1:  # after what all must start from alike: each drops out its own units
         torch.manual_seed(recipe.train.seed + accelerator.process_index)
     accelerator.init_trackers("peftkit", flat(recipe.model_dump()))
+    energy = None if resume else energy_joules()  # of a resumed run only its last part would be counted
     try:
         stats = train(recipe, loss, model, optimizer, sets, accelerator, folder, handles, console, resume, scores, tripwires)
     except Interrupted as interrupted:
         interrupted.add_note(f"go on with: {resume_line(given, overrides, accelerator.num_processes, accelerator.device.type)}")
         raise
+    used = {} if energy is None else {"energy_joules": (energy_joules() or 0.0) - energy}
     accelerator.wait_for_everyone()
     adapter = save(model, tokenizer, recipe, folder) if accelerator.is_main_process else {}  # before anything else can fail
     after = scores.score("after", folder / "predictions.jsonl")
     accelerator.log({f"after/{key}": value for key, value in after.items() if isinstance(value, (int, float))}, step=stats.steps)
     for tracker in accelerator.trackers:  # not accelerator.end_training(), which would also end the processes' group under a notebook's next run
         tracker.finish()
-    result = Result(before, after, stats.summary(), adapter, asked.model_dump(), versions(), machine(), str(folder))
+    result = Result(before, after, stats.summary() | used, adapter, asked.model_dump(), versions(), machine(), str(folder))
     if accelerator.is_main_process:
         write_json(folder / "result.json", result.to_json())
         plot_loss(folder / "metrics.jsonl", folder / "loss.png", before.get("loss"), after.get("loss"))

@@ -661,3 +661,30 @@ def test_the_kept_suite_file_is_read_back(tmp_path):
     path.write_text(OWN_RECIPE)
     assert "output_dir" not in own_suite(str(path), ["lora"], 1, None, False).recipe and read_yaml(path).data["output_dir"] == "runs/x"
     assert Code().files.keys() >= OWN.keys()
+
+
+def test_energy_is_told_where_the_gpu_counts_it(monkeypatch):
+    from types import ModuleType, SimpleNamespace
+
+    import torch
+
+    from peftkit.energy import energy_joules
+
+    if not torch.cuda.is_available():
+        assert energy_joules() is None
+    told = ModuleType("pynvml")
+    told.__spec__ = SimpleNamespace(name="pynvml")
+    told.NVMLError, told.nvmlInit = RuntimeError, lambda: None
+    told.nvmlDeviceGetHandleByUUID = lambda uuid: {"GPU-1-2": "card"}[uuid]
+    told.nvmlDeviceGetTotalEnergyConsumption = lambda handle: {"card": 2500}[handle]
+    monkeypatch.setitem(sys.modules, "pynvml", told)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    assert energy_joules() == 2.5
+
+    def without_counter(handle):
+        raise RuntimeError("not supported")
+
+    told.nvmlDeviceGetTotalEnergyConsumption = without_counter
+    assert energy_joules() is None

@@ -140,6 +140,8 @@ class Runner:
         place = self.home / cell.folder
         place.mkdir(parents=True, exist_ok=True)
         with self._alone(place, cell) as handle:
+            if self.stopped:
+                raise InterruptedError("the suite was stopped")
             failed = read_record(place, cell.key)
             resume = self._resumes(place, failed, cell)
             (place / "record.json").unlink(missing_ok=True)

@@ -212,7 +212,7 @@ def load_suite(path: str | Path) -> Suite:
 
 def find_suite(name: str, folder: Path = FOLDER) -> Path:
     """The file of a suite given by path, or by the name of one in `folder`. Raises ConfigError, saying what there is."""
-    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
         return Path(name)
     there = sorted(path.stem for path in folder.glob("*.yaml"))
     if name in there:
@@ -332,13 +332,13 @@ def _check(suite: Suite, source: Source) -> None:
     problems = []
     for task in suite.task_names:
         for method in suite.methods:
-            at = ("tasks", task) if task and method != next(iter(suite.methods)) and not suite.methods[method] else ("methods", method)
+            at, on = ("methods", method), f"on task {task}: " if task else ""
             try:
                 recipe = load_recipe(suite.recipe_of(task, method, {"output_dir": "cell"}))
             except ConfigError as error:
-                problems.append(source.problem(at, str(error)))
+                problems.append(source.problem(at, f"{on}{error}"))
                 continue
             if METRICS[suite.metric].asked_by not in recipe.eval.metrics:
-                problems.append(source.problem(at, f"its recipe does not measure {suite.metric}: add {METRICS[suite.metric].asked_by} to eval.metrics"))
+                problems.append(source.problem(at, f"{on}its recipe does not measure {suite.metric}: add {METRICS[suite.metric].asked_by} to eval.metrics"))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))

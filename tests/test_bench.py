@@ -21,7 +21,7 @@ import peftkit.bench.suite as suite_module
 from peftkit.bench.cells import Record, Results, load_results, run_suite
 from peftkit.bench.gate import Baseline, BaselineMethod, accept, baseline_json, gate, load_baseline
 from peftkit.bench.report import differences, markdown, notes, table, terminal
-from peftkit.bench.statistics import accuracy, difference, mean_over_seeds, t_quantile
+from peftkit.bench.statistics import accuracy, difference, mean_over_seeds
 from peftkit.bench.suite import Suite, cells, load_suite
 from peftkit.cli import main
 from peftkit.config import ConfigError
@@ -346,11 +346,6 @@ def test_an_interrupt_ends_the_running_cell(tmp_path, command):
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("p", "df", "expected"), [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.99, 4, 3.74695), (0.025, 30, -2.04227), (0.975, 1e9, 1.95996)])
-def test_quantiles_of_students_t(p, df, expected):
-    assert t_quantile(p, df) == pytest.approx(expected, rel=1e-5)
 
 
 def test_mean_over_seeds_is_the_t_interval():

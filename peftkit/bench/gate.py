@@ -24,9 +24,10 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import Field
+from scipy.special import stdtrit
 
 from peftkit.bench.cells import Results, read_json_file
-from peftkit.bench.statistics import accuracy, mean_over_seeds, t_quantile
+from peftkit.bench.statistics import accuracy, mean_over_seeds
 from peftkit.config import Config, ConfigError, Source, validate
 
 CONFIDENCE = 0.99
@@ -117,7 +118,7 @@ def noise(values: np.ndarray, expected: BaselineMethod, examples: int | None) ->
     df = PRIOR + values.size - 1 + max(known.size - 1, 0)
     variance = (PRIOR * prior + squares) / df
     seeds = known.size or expected.seeds or values.size
-    return t_quantile(CONFIDENCE, df) * (variance * (1 / values.size + 1 / seeds)) ** 0.5
+    return float(stdtrit(df, CONFIDENCE)) * (variance * (1 / values.size + 1 / seeds)) ** 0.5
 
 
 def _kinds(failed: list) -> str:

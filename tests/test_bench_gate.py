@@ -67,7 +67,7 @@ def test_among_many_equal_methods_one_is_seldom_told_apart():
         assert len(found) == 21 and all(each.comparisons == 21 for each in found)
         naive += any(each.difference.told_apart for each in found)
         corrected += any(each.told_apart for each in found)
-    assert naive >= 4 and corrected <= 1
+    assert naive >= 3 and corrected <= 1
 
 
 # --- comparisons --------------------------------------------------------------------------------------------------------------

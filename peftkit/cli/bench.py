@@ -184,15 +184,22 @@ def report(
 def gate(
     baseline: Annotated[str, typer.Option(metavar="FILE", help="Made by `bench accept`, or an earlier results.json.")],
     results: Annotated[str | None, typer.Argument(metavar="[RESULTS]", help="By default those of the suite in --folder.")] = None,
-    margin: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop that is tolerated beside noise, as a fraction.")] = 0.02,
+    margin: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop of accuracy that is tolerated, as a fraction.")] = 0.02,
+    time_margin: Annotated[float, typer.Option(min=0.0, help="Rise of the step time over the frozen base that is tolerated, as a fraction.")] = 0.05,
+    memory_margin: Annotated[float, typer.Option(min=0.0, help="Rise of memory that is tolerated, as a fraction.")] = 0.10,
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML.")] = None,
+    summary: Annotated[str | None, typer.Option(metavar="FILE", envvar="GITHUB_STEP_SUMMARY", help="Add the verdicts to this file as Markdown.")] = None,
     folder: Folder = FOLDER,
 ) -> None:
-    """Exit 1 when a method's accuracy is below its baseline by more than margin and noise."""
+    """Exit 1 when accuracy, step time or memory of a method are worse than its baseline by more than margin and noise."""
+    import os
     from pathlib import Path
 
+    from peftkit.bench import ci
+    from peftkit.bench.baseline import load_baseline
     from peftkit.bench.cells import load_results
+    from peftkit.bench.gate import Margins
     from peftkit.bench.gate import gate as judge
-    from peftkit.bench.gate import load_baseline
     from peftkit.cli.common import stdout
     from peftkit.config import ConfigError
     from peftkit.console import table
@@ -200,12 +207,18 @@ def gate(
     expected = load_baseline(baseline)
     if results is None and expected.suite is None:
         raise ConfigError(f"{baseline}: names no suite, so name the results too: peftkit bench gate RESULTS --baseline {baseline}")
-    verdicts = judge(load_results(results or Path(folder) / str(expected.suite)), expected, margin)
-    rows = []
-    for v in verdicts:
-        numbers = ["-" if value is None else f"{value:.1%}" for value in (v.accuracy, v.baseline, v.least)]
-        rows.append([v.method, *numbers, "pass" if v.passed else "FAIL", v.words])
-    stdout().print(table("gate", ["method", "accuracy", "baseline", "lowest that passes", "verdict", "why"], rows))
+    loaded = load_results(results or Path(folder) / str(expected.suite))
+    verdicts = judge(loaded, expected, Margins(margin, time_margin, memory_margin))
+    stdout().print(table("gate", list(ci.COLUMNS), ci.rows(verdicts)))
+    typer.echo(ci.headline(loaded.suite, verdicts))
+    if junit:
+        Path(junit).parent.mkdir(parents=True, exist_ok=True)
+        Path(junit).write_text(ci.junit(loaded.suite, verdicts))
+    if summary:
+        ci.append(Path(summary), ci.summary(loaded.suite, verdicts))
+    if os.environ.get("GITHUB_ACTIONS"):
+        for line in ci.annotations(loaded.suite, verdicts):
+            typer.echo(line)
     if not all(verdict.passed for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -218,9 +231,9 @@ def accept(
     """Make results the baseline of later ones."""
     from pathlib import Path
 
+    from peftkit.bench.baseline import accept as accepted
+    from peftkit.bench.baseline import baseline_json
     from peftkit.bench.cells import load_results
-    from peftkit.bench.gate import accept as accepted
-    from peftkit.bench.gate import baseline_json
 
     text = baseline_json(accepted(load_results(results)))
     Path(output).parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from peftkit.recipe import load_recipe
 from peftkit.rehearse import rehearse
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
+
+from benchmarks import results_page, versus_peft  # noqa: E402
+
 QUALITY = {path.stem: path for path in sorted((ROOT / "benchmarks" / "suites").glob("quality-*.yaml"))}
 TESTS = {  # the choices of the tests of commonsense_170k
     "boolq": ["true", "false"], "piqa": ["solution1", "solution2"], "social_i_qa": ["answer1", "answer2", "answer3"],
@@ -94,3 +99,102 @@ def test_base_recipe_of_a_quality_suite_goes_the_whole_way(name, beside):
     report = rehearse(recipe, steps=2)
     assert suite["metric"] in report.result.after and report.result.train["steps"] == 2, task
     assert "with the same scores" in report.did[-1]
+
+
+# --- peft and peftkit ---------------------------------------------------------------------------------------------------------
+
+
+def losses(side: versus_peft.Side, steps: int) -> list[float]:
+    """The loss of the first rows before every step of training on them, dropout off."""
+    import importlib
+
+    runner = importlib.import_module("peftkit.run")
+    batch = runner.to_batch([[example] for example in list(side.sets["train"])[:8]], side.loss)
+    side.model.eval()
+    found = []
+    for _ in range(steps):
+        total, tokens = side.loss(**batch)
+        found.append((total / tokens).item())
+        (total / tokens).backward()
+        side.optimizer.step()
+        side.optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "pissa", "dora", "dora, dropout", "qdora"])
+def test_both_sides_train_alike_from_the_same_start(method):
+    ours, theirs = (versus_peft.build(method, who, 3, None, Path("unused")) for who in ("peftkit", "peft"))
+    first, second = dict(ours.model.named_parameters()), dict(theirs.model.named_parameters())
+    trained = {name for name, parameter in first.items() if parameter.requires_grad}
+    assert trained == {name for name, parameter in second.items() if parameter.requires_grad} and trained
+    if method != "pissa":  # whose decompositions are each side's own
+        assert all(first[name].equal(second[name]) for name in trained if "lora_A" in name or "lora_B" in name)
+    if "dora" in method:
+        assert all(first[name].allclose(second[name], rtol=1e-2) for name in trained if "magnitude" in name)
+    from peft.tuners.lora import LoraLayer
+
+    assert any(isinstance(module, LoraLayer) for module in theirs.model.modules())
+    assert not any(isinstance(module, LoraLayer) for module in ours.model.modules())
+    a, b = losses(ours, 4), losses(theirs, 4)
+    assert a == pytest.approx(b, rel=0.03) and a[-1] < 0.9 * a[0], "bfloat16 apart, and learning"
+
+
+def peft_records(ours: list[int], theirs: list[int]) -> list[dict]:
+    runs = [
+        {"method": "lora", "who": who, "seed": seed, "first_loss": 3.0, "loss": 1.0, "outcomes": outcomes, "peak_bytes": 2**20}
+        for who, outcomes in (("peftkit", ours), ("peft", theirs)) for seed in range(3)
+    ]  # fmt: skip
+    timings = [{"method": "lora", "seconds": {"peft": [0.3, 0.2, 0.4], "peftkit": [0.2, 0.1, 0.1]}, "saved_bytes": {"peft": 200, "peftkit": 100}}]
+    return versus_peft.summarise(runs, timings)
+
+
+def test_summary_tells_other_accuracies_apart_and_like_ones_not():
+    [same] = peft_records([1, 0] * 100, [0, 1] * 100)
+    assert not same["difference"]["told_apart"] and same["times_faster"] == 2.0 and same["saved_over_peft"] == 0.5
+    [other] = peft_records([1, 1, 1, 0] * 50, [1, 0, 0, 0] * 50)
+    assert other["difference"]["told_apart"] and other["difference"]["mean"] == 0.5
+    assert "told apart" in versus_peft.cells(other)[3] and "cannot" not in versus_peft.cells(other)[3]
+    assert len(versus_peft.cells(same)) == len(versus_peft.COLUMNS)
+
+
+@pytest.mark.parametrize(("arguments", "told"), [(["--only", "lorra"], "no row 'lorra'"), (["--seeds", "0"], "count from 1")])
+def test_wrong_arguments_are_told(arguments, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        versus_peft.main(arguments)
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+
+
+# --- the page of results ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marker", results_page.BLOCKS)
+def test_what_is_not_measured_is_said_with_the_command(marker, tmp_path):
+    text = results_page.block(marker, tmp_path)
+    names, command, _ = results_page.BLOCKS[marker]
+    assert text.startswith("Not measured yet") and command in text and all(f"{name}.json" in text for name in names)
+
+
+def test_results_of_peft_are_a_table(tmp_path):
+    where = {"machine": {"processor": "a CPU", "threads": 2}, "versions": {"torch": "2.0", "peft": "0.1"}, "commit": "abc", "date": "2026-01-02T03:04:05"}
+    found = {"seeds": 3, "rounds": 3, "dtype": "bfloat16", "rows": peft_records([1, 0] * 100, [0, 1] * 100), **where}
+    (tmp_path / "versus_peft.json").write_text(json.dumps(found))
+    text = results_page.block("versus_peft", tmp_path)
+    assert "cannot be told apart" in text.replace("can their accuracies be told apart", "") and "told apart:" not in text.split("|")[0]
+    assert "| lora | 50.0% | 50.0% |" in text and "Measured on a CPU, 2 threads; torch 2.0, peft 0.1; commit abc; 2026-01-02." in text
+    found["rows"] = peft_records([1, 1, 1, 0] * 50, [1, 0, 0, 0] * 50)
+    (tmp_path / "versus_peft.json").write_text(json.dumps(found))
+    assert "**Told apart: lora.**" in results_page.block("versus_peft", tmp_path)
+
+
+def test_any_results_file_becomes_tables(tmp_path):
+    found = {
+        "machine": {"gpu": "a GPU"}, "versions": {"torch": "2"}, "commit": None,
+        "false_alarms": 0.005, "holds": True, "draws": list(range(200)), "sizes": [1, 2],
+        "verdicts": {"lora|again": {"told_apart": False, "mean": 0.12345}, "rank 1": {"told_apart": True, "mean": -0.2}},
+        "power": [{"points": 5, "seen": 0.93}, {"points": 2, "seen": 0.4, "note": "few"}],
+    }  # fmt: skip
+    (tmp_path / "sanity.json").write_text(json.dumps(found))
+    lines = results_page.block("sanity", tmp_path).splitlines()
+    assert lines[0] == "Measured on a GPU; torch 2."
+    assert "| false alarms | 0.005 |" in lines and "| holds | yes |" in lines and "| draws | 200 of them |" in lines and "| sizes | 1, 2 |" in lines
+    assert "| lora\\|again | no | 0.1235 |" in lines and "| points | seen | note |" in lines and "| 5 | 0.93 |  |" in lines

@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="training steps; by default those of the suite")
-    parser.add_argument("--rounds", type=int, default=21, help="timed steps of either side")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of either side")
     parser.add_argument("--only", help="rows, with ';' between them: lora;dora, dropout")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time; the timed steps run alone")
     parser.add_argument("--output", type=Path, help="write the results to this JSON")

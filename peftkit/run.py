@@ -223,7 +223,7 @@ def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, conso
     if recipe.train.micro_batch_size != "auto":
         return recipe
     rows = data.make_rows(sets["train"], recipe.data)
-    plan = forecast.Plan(forecast.rows_of(rows), forecast.rows_of([[example] for example in sets["eval"]]))
+    plan = forecast.Plan(forecast.sizes_of(rows), forecast.sizes_of(sets["eval"]))
     config = load_config(recipe.model.name, recipe.model.revision)
     recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
     console.print(said, highlight=False, markup=False)
@@ -266,7 +266,7 @@ def train(
             lambda row: sum(sum(example.trained[1:]) for example in row),
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
             autocast=recipe.train.full_finetuning and resolve_dtype(recipe.model.dtype) == torch.bfloat16,
-            lengths=sets["train"].lengths.tolist() if grouped else None,
+            lengths=sets["train"].lengths if grouped else None,
             where=lambda row: [example.where for example in row],
             evaluate=scores.loss_now if sets["eval"] else None, on_evaluation=on_evaluation, tripwires=tripwires,
         )  # fmt: skip

@@ -45,8 +45,8 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split:
     examples, report = load_source(Source(source, config, split, held, limit), tokenizer)
     if split == "train" and config.parts:
         examples = mix(examples, report, config, tokenizer)
-    report.lengths = examples.lengths.tolist()
-    report.tokens, report.supervised_tokens = sum(report.lengths), int(examples.supervised.sum())
+    report.lengths = examples.lengths
+    report.tokens, report.supervised_tokens = int(report.lengths.sum()), int(examples.supervised.sum())
     return examples, report
 
 
@@ -76,7 +76,7 @@ def mix(examples: Examples, report: DataReport, config: DataConfig, tokenizer: P
                 picks.append(pick)
                 taken += int(lengths[pick])
         joined.append(Examples(others.table, others.picks[sorted(picks)]))
-        own.lengths = joined[-1].lengths.tolist()
+        own.lengths = joined[-1].lengths
         own.tokens, own.supervised_tokens = taken, int(joined[-1].supervised.sum())
         again = f"; all {len(others)} rows are taken {len(picks) / len(others):.1f} times" if passes > 1 else ""
         own.notes.append(f"mixed in: {len(picks)} rows of {len(others)}{again}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from peftkit.config import ConfigError
 from peftkit.evaluate import GENERATING, answer_room
 from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch, of_recipe, sizes_of
 from peftkit.memory import human
-from peftkit.model import load_config, load_tokenizer
+from peftkit.model import load_config, load_tokenizer, reads_with_encoder
 from peftkit.recipe import Recipe, load_recipe
 
 SHOWN = 2  # rows printed with their trained tokens marked
@@ -60,10 +60,10 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     _tell_model(report, skeleton)
     plan = None
     try:
-        plan = _tell_data(report, tokenizer)
+        plan = _tell_data(report, tokenizer, reads_with_encoder(config))
     except data.HubError as error:
         report.sections["data"] = [f"unchecked: {error}"]
-    _tell_memory(report, skeleton, plan or Plan(_full_rows(recipe)), there, known=plan is not None)
+    _tell_memory(report, skeleton, plan or Plan(_full_rows(recipe, reads_with_encoder(config))), there, known=plan is not None)
     _tell_time(report)
     report.facts["conflicts"] = conflicts(report, config, plan)
     if report.facts["conflicts"]:
@@ -104,17 +104,17 @@ def _tell_model(report: CheckReport, skeleton: Skeleton) -> None:
     }  # fmt: skip
 
 
-def _tell_data(report: CheckReport, tokenizer: Any) -> Plan:
+def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
     """What becomes of the rows, and what of them counts for memory."""
     recipe = report.recipe
     if tokenizer is None:
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
-    examples, found = data.load_examples(recipe.data, tokenizer, "train")
+    examples, found = data.load_examples(recipe.data, tokenizer, "train", pairs)
     report.rows = [(data.colour_row(example, tokenizer), data.marked_row(example, tokenizer)) for example in examples[:SHOWN]]
-    rows = sizes_of(data.make_rows(examples, recipe.data))
+    rows = sizes_of(data.make_rows(examples, recipe.data), pairs)
     del examples
-    evaluated, eval_found = data.load_examples(recipe.data, tokenizer, "eval")
-    prompts = 0
+    evaluated, eval_found = data.load_examples(recipe.data, tokenizer, "eval", pairs)
+    prompts = room = 0
     if evaluated and any(metric in GENERATING for metric in recipe.eval.metrics):
         room = recipe.eval.max_new_tokens or answer_room(tokenizer, [example.answer for example in evaluated])
         prompts = max(len(example.prompt_ids) for example in evaluated) + room
@@ -133,7 +133,7 @@ def _tell_data(report: CheckReport, tokenizer: Any) -> Plan:
         "rows_after_packing": len(rows),
         "filled": filled,
     }
-    return Plan(rows, sizes_of(evaluated), prompts)
+    return Plan(rows, sizes_of(evaluated, pairs), prompts, room)
 
 
 def _counts(found: data.DataReport) -> dict[str, Any]:
@@ -163,9 +163,10 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- memory, time
 
 
-def _full_rows(recipe: Recipe) -> Sizes:
-    """A batch of rows as long as rows can be, all of them trained: for data that could not be read."""
-    return Sizes.of([Row(recipe.data.max_length, recipe.data.max_length)] * recipe.train.batch_size)
+def _full_rows(recipe: Recipe, pairs: bool) -> Sizes:
+    """A batch of rows as long as rows can be, all of them trained (half of each, where an encoder reads the rest): for data that could not be read."""
+    longest = recipe.data.max_length
+    return replace(Sizes.of([Row(longest, longest // 2 if pairs else longest)] * recipe.train.batch_size), pairs=pairs)
 
 
 def _tell_memory(report: CheckReport, skeleton: Skeleton, plan: Plan, there: Budget, known: bool) -> None:

@@ -41,6 +41,8 @@ class Sizes:
     tokens: Any
     supervised: Any
     documents: Any
+    pairs: bool = False
+    """Whether the supervised tokens are written by a decoder of its own, and the others read by an encoder."""
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Sizes:
@@ -97,17 +99,19 @@ def _available() -> int:
 # ----------------------------------------------------------------------------------------------------------------- the batches
 
 
-def sizes_of(rows: Rows | Examples) -> Sizes:
+def sizes_of(rows: Rows | Examples, pairs: bool = False) -> Sizes:
     """Examples, each for itself or as they stand in rows, as what counts for memory; none of their tokens is read."""
     rows = rows if isinstance(rows, Rows) else Rows(rows)
     examples: Any = rows.examples
-    return Sizes(rows.summed(examples.lengths), rows.summed(examples.supervised), rows.documents)
+    return Sizes(rows.summed(examples.lengths), rows.summed(examples.supervised), rows.documents, pairs)
 
 
 def worst(rows: Sizes, count: int, packed: bool = False) -> Workload:
     """The largest batch of `count` rows: the longest ones, padded to the longest, with the most that `count` rows train."""
     count = min(count, len(rows))
     supervised = int(np.sort(rows.supervised)[-count:].sum())
+    if rows.pairs:  # the longest prompt and the longest answer need not be of one row, but may be of one batch
+        return Workload(count, int((rows.tokens - rows.supervised).max()), supervised, answer=int(rows.supervised.max()))
     return Workload(count, int(rows.tokens.max()), supervised, int(rows.documents.max()), packed, padded=count > 1)
 
 
@@ -119,6 +123,8 @@ class Plan:
     evaluated: Sizes = field(default_factory=lambda: Sizes.of([]))
     prompts: int = 0
     """Tokens of the longest prompt that is answered in evaluation, with the room for its answer; 0 where none is."""
+    room: int = 0
+    """That room."""
     forecasts: dict[tuple[Workload, bool], Forecast] = field(default_factory=dict)
     """Those made already, by micro-batch and whether it is a part of the batch."""
 
@@ -132,8 +138,8 @@ def by_tokens(rows: Sizes, count: int, packed: bool = False) -> list[Workload]:
     for many in range(2, min(count, len(rows), MICRO_TOKENS // int(rows.tokens.min())) + 1):
         fits = rows.tokens <= MICRO_TOKENS // many
         if fits.sum() >= many:
-            found.append(worst(Sizes(rows.tokens[fits], rows.supervised[fits], rows.documents[fits]), many, packed))
-    largest = max(found, key=lambda workload: (workload.rows * workload.tokens, workload.supervised))
+            found.append(worst(Sizes(rows.tokens[fits], rows.supervised[fits], rows.documents[fits], rows.pairs), many, packed))
+    largest = max(found, key=lambda workload: (workload.rows * (workload.tokens + workload.answer), workload.supervised))
     return [largest, max((each for each in found if each.tokens == found[0].tokens), key=lambda workload: workload.rows)]
 
 
@@ -156,7 +162,7 @@ def of_workload(skeleton: Skeleton, plan: Plan, workload: Workload, processes: i
     """The forecast for this micro-batch as the largest."""
     recipe, accumulates = skeleton.recipe, -(-skeleton.recipe.train.batch_size // processes) > workload.rows
     evaluation = worst(plan.evaluated, recipe.eval.batch_size) if len(plan.evaluated) else None
-    generation = Generation(min(recipe.eval.batch_size, max(len(plan.evaluated), 1)), plan.prompts) if plan.prompts else None
+    generation = Generation(min(recipe.eval.batch_size, max(len(plan.evaluated), 1)), plan.prompts, plan.room) if plan.prompts else None
     key = (workload, accumulates)
     if key not in plan.forecasts:
         plan.forecasts[key] = forecast(skeleton, workload, accumulates, evaluation, generation)

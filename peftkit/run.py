@@ -27,7 +27,7 @@ from peftkit.energy import energy_joules
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
 from peftkit.memory import human
-from peftkit.model import load, load_config, load_tokenizer, resolve_dtype
+from peftkit.model import load, load_config, load_tokenizer, reads_with_encoder, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe, resolved
 from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json, write_text
@@ -203,18 +203,19 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any
     if tokenizer is None:
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
     sets: dict[str, Any] = {}
+    pairs = reads_with_encoder(load_config(recipe.model.name, recipe.model.revision))
     for split in ("train", "eval"):
-        sets[split], report = data.load_examples(recipe.data, tokenizer, split)
+        sets[split], report = data.load_examples(recipe.data, tokenizer, split, pairs)
         for line in report.lines():
             console.print(line, highlight=False, markup=False)
     for name in recipe.eval.retained:
-        sets[name], _ = data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train")
+        sets[name], _ = data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train", pairs)
     generating = [metric for metric in recipe.eval.metrics if metric in evaluate.GENERATING]
     for name in recipe.eval.retained + (["eval"] if generating else []):
         if any(not example.prompt_ids for example in sets[name]):
             raise ConfigError(f"eval: {', '.join(generating) or 'exact_match'} needs rows with an answer, and {name} holds plain text; use the metric loss")
     if "choice_accuracy" in recipe.eval.metrics:
-        questions, notes = data.load_choices(recipe.data, tokenizer, recipe.eval.choices)
+        questions, notes = data.load_choices(recipe.data, tokenizer, recipe.eval.choices, pairs)
         sets["choices"] = [evaluate.ChoiceRow(q.where, q.candidates, q.correct) for q in questions]
         for line in notes:
             console.print(line, highlight=False, markup=False)
@@ -226,8 +227,9 @@ def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, conso
     if recipe.train.micro_batch_size != "auto":
         return recipe
     rows = data.make_rows(sets["train"], recipe.data)
-    plan = forecast.Plan(forecast.rows_of(rows), forecast.rows_of([[example] for example in sets["eval"]]))
     config = load_config(recipe.model.name, recipe.model.revision)
+    pairs = reads_with_encoder(config)
+    plan = forecast.Plan(forecast.sizes_of(rows, pairs), forecast.sizes_of(sets["eval"], pairs))
     recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
     console.print(said, highlight=False, markup=False)
     return recipe
@@ -269,7 +271,7 @@ def train(
             lambda row: sum(sum(example.trained[1:]) for example in row),
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
             autocast=recipe.train.full_finetuning and resolve_dtype(recipe.model.dtype) == torch.bfloat16,
-            lengths=sets["train"].lengths.tolist() if grouped else None,
+            lengths=sets["train"].lengths if grouped else None,
             where=lambda row: [example.where for example in row],
             evaluate=scores.loss_now if sets["eval"] else None, on_evaluation=on_evaluation, tripwires=tripwires,
         )  # fmt: skip
@@ -278,7 +280,8 @@ def train(
 def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[str, Any]:
     """The loss's input for packed or single rows, on the model's device."""
     model: Any = loss.model
-    batch = data.collate(rows, model.config.pad_token_id or 0)
+    pad = model.config.pad_token_id or 0
+    batch = data.collate_pairs([example for row in rows for example in row], pad) if reads_with_encoder(model.config) else data.collate(rows, pad)
     return {key: value.to(model.device) for key, value in batch.items() if key != "document_lengths"}
 
 

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import peftkit.bench.cells as cells_module
+import peftkit.bench.keys as keys_module
 import peftkit.bench.suite as suite_module
 from peftkit.bench.baseline import Baseline, BaselineMethod, accept, baseline_json, load_baseline
 from peftkit.bench.cells import Record, Results, load_results, run_suite
@@ -165,7 +166,7 @@ def test_the_key_follows_what_decides_the_outcome(tmp_path, monkeypatch):
     for name in ("methods/lora.py", "bench/report.py", "cli/bench.py"):
         (package / name).parent.mkdir(parents=True)
         (package / name).write_text("a = 1")
-    monkeypatch.setattr(suite_module, "PACKAGE", package)
+    monkeypatch.setattr(keys_module, "PACKAGE", package)
     start = key()
     (package / "bench/report.py").write_text("a = 2")
     (package / "cli/bench.py").write_text("a = 2")
@@ -173,7 +174,7 @@ def test_the_key_follows_what_decides_the_outcome(tmp_path, monkeypatch):
     (package / "methods/lora.py").write_text("a = 2")
     changed = key()
     assert changed != start
-    monkeypatch.setattr(suite_module, "version", lambda package: "0.0.1")
+    monkeypatch.setattr(keys_module, "version", lambda package: "0.0.1")
     assert key() != changed
 
 
@@ -244,7 +245,7 @@ def test_every_cell_runs_once_and_leaves_a_record(tmp_path, command):
     assert results.cells == records and results.machine == {"cores": 2, "threads": os.environ.get("OMP_NUM_THREADS")}
     assert load_results(tmp_path / "runs/fake/results.json") == results
     # one line per cell, so that a committed file can be read and compared
-    assert len((tmp_path / "runs/fake/results.json").read_text().splitlines()) < 30
+    assert len((tmp_path / "runs/fake/results.json").read_text().splitlines()) < 36
 
     again = run_suite(fake_suite(), tmp_path / "runs", console=quiet(), command=command)
     assert again == records and len(command.started) == 4  # nothing ran a second time
@@ -301,7 +302,7 @@ def test_only_runs_the_named_methods_and_keeps_the_other_records(tmp_path, comma
 def test_code_that_changes_during_a_suite_is_told(tmp_path, command, monkeypatch):
     package = tmp_path / "package"
     package.mkdir()
-    monkeypatch.setattr(suite_module, "PACKAGE", package)
+    monkeypatch.setattr(keys_module, "PACKAGE", package)
 
     def editing(cell: Path) -> list[str]:
         (package / "lora.py").write_text("scale = 2")
@@ -629,12 +630,12 @@ def test_sources_mixed_in_and_folders_are_inputs_of_a_cell(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.jsonl").write_text("{}")
     recipe = {"data": {"train": str(tmp_path / "rows"), "replay": {"source": str(tmp_path / "old.jsonl"), "share": 0.1}}}
-    before = suite_module._inputs(recipe)
+    before = keys_module.inputs(recipe)
     assert len(before) == 2
     for path in ("old.jsonl", "rows/a.jsonl"):
         (tmp_path / path).write_text("[]")
-        changed = suite_module._inputs(recipe)
+        changed = keys_module.inputs(recipe)
         assert changed != before
         before = changed
     (tmp_path / "rows" / "b.jsonl").write_text("{}")
-    assert len(suite_module._inputs(recipe)) == 3
+    assert len(keys_module.inputs(recipe)) == 3

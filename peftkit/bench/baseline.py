@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from peftkit.bench.cells import Record, Results, read_json_file
+from peftkit.bench.records import Record, Results, read_json_file
 from peftkit.bench.statistics import accuracy, mean_over_seeds
 from peftkit.config import Config, ConfigError, Source, validate
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from peftkit.bench.cells import Record, Results
+from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import CONFIDENCE, Difference, difference, holm, measure, pooled_difference, scalar_difference
 
 Pairs = Literal["first", "all"]

@@ -33,8 +33,8 @@ from scipy.special import stdtrit
 from scipy.stats import mannwhitneyu, wilcoxon
 
 from peftkit.bench.baseline import Baseline, BaselineMethod, BaselineTiming
-from peftkit.bench.cells import Record, Results
 from peftkit.bench.compare import final_records
+from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Measure, measure
 from peftkit.config import ConfigError
 

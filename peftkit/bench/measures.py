@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftkit.bench.cells import Record, Results
 from peftkit.bench.compare import done_on, final_records, task_names
+from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Interval, Measure, mean_over_seeds, mean_over_tasks, measure
 
 WINDOW = 5  # logged steps that a smoothed training loss is the mean of

@@ -217,7 +217,7 @@ def gate(
     if summary:
         ci.append(Path(summary), ci.summary(loaded.suite, verdicts))
     if os.environ.get("GITHUB_ACTIONS"):
-        for line in ci.annotations(loaded.suite, verdicts):
+        for line in ci.github_annotations(loaded.suite, verdicts):
             typer.echo(line)
     if not all(verdict.passed for verdict in verdicts):
         raise typer.Exit(1)

@@ -378,4 +378,4 @@ def test_learning_rates_by_loss_where_search_runs_have_no_other_score():
     cells = [each.model_copy(update={"after": {"loss": 1.0 / each.learning_rate}}) if each.stage == "search" else each for each in results.cells]
     figure = {each.key: each for each in figures(results.model_copy(update={"cells": cells}))}["learning-rates-sql"]
     assert {chart.y.label for chart in figure.charts} == {"loss"}
-    assert {(mark.x, round(mark.y, 6)) for mark in figure.charts[0].series[0].marks} == {(1e-3, 1e3), (3e-3, round(1 / 3e-3, 6)), (1e-2, 1e2), (3e-3, 0.2)}
+    assert {(mark.x, round(mark.y, 1)) for mark in figure.charts[0].series[0].marks} == {(1e-3, 1000.0), (3e-3, 333.3), (1e-2, 100.0), (3e-3, 0.2)}

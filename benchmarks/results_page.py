@@ -161,9 +161,10 @@ def suite_kills(path: Path) -> str:
     """How many killed suites ended, run again, with the results of one left alone."""
     found = json.loads(path.read_text())
     runs = found["kills"]
+    after = [run["after_seconds"] for run in runs]
     return (
-        f"{len(runs)} suites, {found['killed']} of them killed on their way (the others had ended before), after {min(run['after_seconds'] for run in runs):.0f} to "
-        f"{max(run['after_seconds'] for run in runs):.0f} s of {found['suite_seconds']:.0f}: run again, {found['same']} had the results of the one left alone, "
+        f"{len(runs)} suites, {found['killed']} of them killed on their way (the others had ended before), after {min(after):.0f} to "
+        f"{max(after):.0f} s of {found['suite_seconds']:.0f}: run again, {found['same']} had the results of the one left alone, "
         f"{len(runs) - found['same']} had not. {where(found)}"
     )
 

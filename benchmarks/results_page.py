@@ -75,9 +75,11 @@ def gpu(model: Path, kernels: Path, small: Path) -> str:
     for row in parts["rows"]:
         by_kernel.setdefault(row["kernel"], []).append(row["times_faster"])
     faster = [[name, f"{min(times):.1f}", f"{statistics.median(times):.1f}", f"{max(times):.1f}"] for name, times in by_kernel.items()]
-    shape = next(iter(little["tables"].values()))
     launched = [
-        [row["method"], *(f"{ratio:.2f}" for ratio in (row["peftkit"]["time_over_base"], row["peft"]["time_over_base"], row["faster_than_peft"]))]
+        [f"{shape['config']['num_hidden_layers']} x {shape['config']['hidden_size']}", row["method"]]
+        + [f"{ratio:.2f}" for ratio in (row["peftkit"]["time_over_base"], row["peft"]["time_over_base"], row["faster_than_peft"])]
+        + [f"{row[who]['saved_over_base']:.2f}" for who in ("peftkit", "peft")]
+        for shape in little["tables"].values()
         for row in shape["rows"]
     ]
     versions = found["versions"]
@@ -88,9 +90,10 @@ def gpu(model: Path, kernels: Path, small: Path) -> str:
         table(["method", "checkpointing", "who", "seconds", "tokens/s", "peak GiB"], rows),
         "**The Triton kernels against plain torch**, times faster, over the linears of that model and 512 to 8,192 tokens:",
         table(["kernel", "least", "median", "most"], faster),
-        f"**The small model of the table above** ({shape['config']['hidden_size']} wide) has so little to compute that its step is the launching of kernels; "
-        "there what counts is the number of launches and Python's time for each, and no adapter is near the base:",
-        table(["method", "step time / frozen base", "peft's", "times faster than peft"], launched),
+        f"**Small work**: few layers on {little['batch'][0]} x {little['batch'][1]} tokens have so little to compute that a step is the launching of "
+        "kernels; what counts there is the number of launches and Python's time for each, no adapter is near the base, and ours are not faster "
+        "than peft's LoRA:",
+        table(["model", "method", "step time / frozen base", "peft's", "times faster than peft", "saved bytes / frozen base", "peft's"], launched),
     ])  # fmt: skip
 
 
@@ -104,10 +107,11 @@ def memory(path: Path) -> str:
         missed = "" if abs(row["error"]) <= found["bound"] else ", missed"
         rows.append([row["name"], mib[0], mib[1], f"{100 * row['error']:+.1f}%{missed}", mib[2], mib[3]])
     columns = ["setting", "peak, MiB", "forecast", f"error (at most {found['bound']:.0%})", "loaded model, MiB", "forecast"]
-    machine, kept = found["machine"], "goes back to the system at once" if found["return_freed"] else "is kept as glibc does by default"
+    machine, kept = found["machine"], "; freed memory goes back to the system at once" if found["return_freed"] else "; freed memory is kept as glibc does"
+    where = machine.get("gpu") or f"{machine['processor']}, 1 thread"
     facts = (
-        f"On {machine.get('gpu') or machine['processor']}, 1 thread; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
-        f"bitsandbytes {found['versions']['bitsandbytes']}; freed memory {kept}."
+        f"On {where}; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
+        f"bitsandbytes {found['versions']['bitsandbytes']}{'' if machine.get('gpu') else kept}."
     )
     return f"{facts}\n\n{table(columns, rows)}"
 
@@ -220,6 +224,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], str, Callable[..., str]]] = {
     "adapters": (("adapters",), "python benchmarks/adapters.py", adapters),
     "gpu": (("gpu_llama8b", "gpu_kernels", "gpu_adapters"), "python -m benchmarks.gpu.llama8b", gpu),
     "memory": (("memory",), "python benchmarks/memory.py", memory),
+    "memory:gpu": (("gpu_memory",), "python benchmarks/memory.py", memory),
     "sanity": (("sanity",), "python benchmarks/sanity.py --output benchmarks/results/sanity.json", sanity),
     "coverage": (("coverage",), "python benchmarks/coverage.py", plain),
     "gate_rates": (("gate_rates",), "python benchmarks/gate_rates.py many.json --output benchmarks/results/gate_rates.json", plain),

@@ -126,7 +126,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         docs / "benchmarks.md": [marker for marker in BLOCKS if marker != "builtin"],
         docs / "findings.md": ["builtin"],
         docs / "adapters.md": ["adapters", "gpu"],
-        docs / "check.md": ["memory"],
+        docs / "check.md": ["memory", "memory:gpu"],
         ROOT / "README.md": ["results", "adapters", "versus_peft"],
     }
     for page, markers in shown.items():

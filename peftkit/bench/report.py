@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from peftkit.bench.cells import Record, Results
-from peftkit.bench.statistics import Difference, Interval, accuracy, difference, mean_over_seeds
+from peftkit.bench.overview import comparisons, comparisons_by_task, in_one_sentence, percent_or_number, score, tasks
+from peftkit.bench.records import Record, Results
+from peftkit.bench.statistics import Difference, Interval, mean_over_seeds
 
 COLUMNS = (
     "method",
@@ -17,6 +19,7 @@ COLUMNS = (
     "before",
     "accuracy (95% interval)",
     "forgetting, points (95% interval)",
+    "step time, x frozen base",
     "tokens/s",
     "peak memory, MiB",
     "trainable parameters",
@@ -37,19 +40,22 @@ class Row:
     accuracy: Interval | None
     forgetting: Interval | None
     """Exact match lost on the retained sets; below 0 where it rose."""
+    step_ratio: float | None
+    """Step time over that of the frozen base: median of the interleaved rounds of the timing cells."""
     tokens_per_second: Interval | None
     peak_memory_bytes: Interval | None
     trainable_parameters: int | None
     adapter_bytes: int | None
 
-    def texts(self) -> list[str]:
+    def texts(self, metric: str = "exact_match") -> list[str]:
         """The row as a table shows it, in the order of COLUMNS."""
         return [
             self.method,
             f"{self.done} done" + (f", {len(self.failed)} FAILED" if self.failed else ""),
-            "-" if self.before is None else f"{self.before:.1%}",
-            _with_interval(self.accuracy, lambda value: f"{value:.1%}"),
+            "-" if self.before is None else percent_or_number(metric, self.before),
+            _with_interval(self.accuracy, lambda value: percent_or_number(metric, value)),
             _with_interval(self.forgetting, lambda value: f"{100 * value:+.1f}"),
+            "-" if self.step_ratio is None else f"{self.step_ratio:.2f}",
             _with_interval(self.tokens_per_second, lambda value: f"{value:,.0f}", spread=False),
             _with_interval(self.peak_memory_bytes, lambda value: f"{value / 2**20:,.0f}", spread=False),
             "-" if self.trainable_parameters is None else f"{self.trainable_parameters:,}",
@@ -64,16 +70,14 @@ def table(results: Results) -> list[Row]:
 
 def differences(results: Results) -> list[tuple[str, Difference | None]]:
     """Every other method against the first: its sentence, and the numbers, None where there is nothing to compare."""
-    by_method = {method: [record for record in records if record.status == "done"] for method, records in results.methods.items()}
-    if not by_method:
-        return []
-    first, *others = by_method
-    return [_compare(method, by_method[method], first, by_method[first]) for method in others]
+    return [(each.words, each.difference) for each in comparisons(results)]
 
 
 def notes(results: Results) -> list[str]:
     """What stands below the table: differences, target, the base, failures, and where the numbers come from."""
     lines = [sentence for sentence, _ in differences(results)]
+    if len(tasks(results)) > 1:
+        lines += [each.words for each in comparisons_by_task(results)]
     if len(lines) > 1:
         lines.append(f"Intervals are of each comparison by itself: among {len(lines)}, some may leave out 0 by chance.")
     if results.target is not None:
@@ -88,22 +92,47 @@ def notes(results: Results) -> list[str]:
 
 def terminal(results: Results, console: Console) -> None:
     """Prints the report as a table with its notes."""
+    columns, rows = columns_and_rows(results)
+    console.print(in_one_sentence(results), highlight=False, markup=False, soft_wrap=True)
     shown = Table(title=f"suite {results.suite}: {results.metric}", title_justify="left")
-    for i, column in enumerate(COLUMNS):
+    for i, column in enumerate(columns):
         shown.add_column(column, justify="left" if i < 2 else "right")
-    for row in table(results):
-        shown.add_row(*row.texts(), style="red" if row.failed else None)
+    for row, texts in zip(table(results), rows, strict=True):
+        shown.add_row(*(Text(text) for text in texts), style="red" if row.failed else None)
     console.print(shown)
     for line in notes(results):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(results: Results) -> str:
-    """The report as GitHub-flavoured Markdown."""
-    rows = [list(COLUMNS), ["---", "---", *["---:"] * (len(COLUMNS) - 2)], *(row.texts() for row in table(results))]
-    lines = ["| " + " | ".join(_escaped(text) for text in row) + " |" for row in rows]
-    lines = [f"### Suite {results.suite}: {results.metric}", "", *lines, "", *(f"- {_escaped(line)}" for line in notes(results))]
-    return "\n".join(lines) + "\n"
+    """The report as GitHub-flavoured Markdown: what is known in a sentence, the table, and what stands behind it."""
+    columns, texts = columns_and_rows(results)
+    lines = [_line(columns), _line(["---", "---", *["---:"] * (len(columns) - 2)]), *map(_line, texts)]
+    lines = [f"### Suite {results.suite}: {results.metric}", "", _escaped(in_one_sentence(results)), "", *lines, ""]
+    if len(tasks(results)) > 1:
+        lines += [*_task_table(results), ""]
+    return "\n".join([*lines, *(f"- {_escaped(line)}" for line in notes(results))]) + "\n"
+
+
+def columns_and_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """The table as texts, without the columns that no method measured."""
+    rows = [row.texts(results.metric) for row in table(results)]
+    shown = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] != "-" for row in rows)]
+    names = ["cells" if name == "seeds" and len(tasks(results)) > 1 else name for name in COLUMNS]
+    return [names[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def _task_table(results: Results) -> list[str]:
+    """Methods by tasks."""
+    lines = [_line(["method", *tasks(results)]), _line(["---", *["---:"] * len(tasks(results))])]
+    for method, records in results.methods.items():
+        cells = [score([record for record in records if record.task == task], results.metric) for task in tasks(results)]
+        lines.append(_line([method, *(_with_interval(cell, lambda value: percent_or_number(results.metric, value)) for cell in cells)]))
+    return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(_escaped(text) for text in cells)} |"
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------------
@@ -119,8 +148,9 @@ def _row(method: str, records: Sequence[Record], results: Results) -> Row:
         failed=[record for record in records if record.status == "failed"],
         at_target=None if results.target is None else sum(score >= results.target for score in scores),
         before=before.mean if before else None,
-        accuracy=_accuracy(done, scores),
+        accuracy=score(done, results.metric),
         forgetting=_measured(done, lambda record: record.before["retained_exact_match"] - record.after["retained_exact_match"]),
+        step_ratio=_step_ratio(method, results),
         tokens_per_second=_measured(done, lambda record: record.train["tokens_per_second"]),
         peak_memory_bytes=_measured(done, lambda record: record.train["peak_memory_bytes"]),
         trainable_parameters=done[0].adapter.get("trainable_parameters") if done else None,
@@ -128,12 +158,10 @@ def _row(method: str, records: Sequence[Record], results: Results) -> Row:
     )
 
 
-def _accuracy(done: Sequence[Record], scores: list[float]) -> Interval | None:
-    """Over seeds and examples where all seeds answered the same ones, else over seeds alone."""
-    if not done:
-        return None
-    same = len({record.examples for record in done}) == 1 and all(record.outcomes for record in done)
-    return accuracy([record.outcomes for record in done]) if same else mean_over_seeds(scores)
+def _step_ratio(method: str, results: Results) -> float | None:
+    """The mean over tasks of the timing cells' medians."""
+    timed = [record.timing["over_base"] for record in results.cells if record.method == method and record.stage == "timing" and record.status == "done"]
+    return sum(timed) / len(timed) if timed else None
 
 
 def _measured(done: Sequence[Record], value: Callable[[Record], float]) -> Interval | None:
@@ -142,15 +170,6 @@ def _measured(done: Sequence[Record], value: Callable[[Record], float]) -> Inter
         return mean_over_seeds([value(record) for record in done]) if done else None
     except KeyError:
         return None
-
-
-def _compare(method: str, a: Sequence[Record], first: str, b: Sequence[Record]) -> tuple[str, Difference | None]:
-    if not a or not b:
-        return f"{method} cannot be compared with {first}: {method if not a else first} has no finished seed", None
-    if len({record.examples for record in (*a, *b)}) > 1 or not all(record.outcomes for record in (*a, *b)):
-        return f"{method} cannot be compared with {first}: they did not answer the same examples", None
-    found = difference({record.seed: record.outcomes for record in a}, {record.seed: record.outcomes for record in b})
-    return found.words(method, first), found
 
 
 def _base(results: Results) -> list[str]:
@@ -188,4 +207,4 @@ def _with_interval(interval: Interval | None, text: Callable[[float], str], spre
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

@@ -16,7 +16,7 @@ from peftkit.bench.cells import load_results
 from peftkit.bench.report import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
-WHERE = ("machine", "versions", "commit", "date")  # keys of a results file that say where its numbers are from
+WHERE = ("machine", "versions", "commit", "dirty", "date", "created")  # keys of a results file that say where its numbers are from
 SHOWN = 12  # numbers of a plain list that are written out; of a longer one their count is
 
 
@@ -26,7 +26,7 @@ def where(found: dict[str, Any], *packages: str) -> str:
     named = [f"{package} {versions[package]}" for package in packages or versions if package in versions]
     threads = f", {machine['threads']} thread{'s' * (machine['threads'] != 1)}" if "threads" in machine else ""
     parts = [f"{machine.get('gpu') or machine.get('processor') or 'an unknown machine'}{threads}", ", ".join(named)]
-    parts += [f"commit {found['commit']}"] if found.get("commit") else []
+    parts += [f"commit {found['commit'][:18]}{' with changes' * bool(found.get('dirty'))}"] if found.get("commit") else []
     parts += [str(found.get("date") or found.get("created") or "")[:10]]
     return f"Measured on {'; '.join(part for part in parts if part)}."
 
@@ -161,6 +161,25 @@ def suite(path: Path) -> str:
     return markdown(load_results(path))
 
 
+def suite_kills(path: Path) -> str:
+    """How many killed suites ended, run again, with the results of one left alone."""
+    found = json.loads(path.read_text())
+    runs = found["kills"]
+    after = [run["after_seconds"] for run in runs]
+    return (
+        f"{len(runs)} suites, {found['killed']} of them killed on their way (the others had ended before), after {min(after):.0f} to "
+        f"{max(after):.0f} s of {found['suite_seconds']:.0f}: run again, {found['same']} had the results of the one left alone, "
+        f"{len(runs) - found['same']} had not. {where(found)}"
+    )
+
+
+def sanity(path: Path) -> str:
+    """The verdicts of the harness beside those that are known beforehand."""
+    found = json.loads(path.read_text())
+    rows = [[line["what"], line["says"], "yes" if line["holds"] else "**no**"] for line in found["verdicts"]]
+    return f"{where(found)}\n\n{table(['what must be', 'what the harness says', 'as it must be'], rows)}"
+
+
 def plain(path: Path) -> str:
     """Any results file: its numbers in a table, its lists of records in tables of their own."""
     found = json.loads(path.read_text())
@@ -206,12 +225,12 @@ BLOCKS: dict[str, tuple[tuple[str, ...], str, Callable[..., str]]] = {
     "gpu": (("gpu_llama8b", "gpu_kernels", "gpu_adapters"), "python -m benchmarks.gpu.llama8b", gpu),
     "memory": (("memory",), "python benchmarks/memory.py", memory),
     "memory:gpu": (("gpu_memory",), "python benchmarks/memory.py", memory),
-    "sanity": (("sanity",), "python benchmarks/sanity.py", plain),
+    "sanity": (("sanity",), "python benchmarks/sanity.py --output benchmarks/results/sanity.json", sanity),
     "coverage": (("coverage",), "python benchmarks/coverage.py", plain),
-    "gate_rates": (("gate_rates",), "python benchmarks/gate_rates.py", plain),
+    "gate_rates": (("gate_rates",), "python benchmarks/gate_rates.py many.json --output benchmarks/results/gate_rates.json", plain),
     "planted": (("planted",), "python benchmarks/planted.py", plain),
     "kills": (("kills",), "python benchmarks/kills.py", kills),
-    "suite_kills": (("suite_kills",), "python benchmarks/suite_kills.py", plain),
+    "suite_kills": (("suite_kills",), "python benchmarks/suite_kills.py --output benchmarks/results/suite_kills.json", suite_kills),
 }
 """Marker -> the results files, the command that writes them, and what makes a block of them."""
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from peftkit.bench.cells import Record, Results, load_results
 from peftkit.bench.charts import rate_of, with_interval
-from peftkit.bench.overview import LOWER_IS_BETTER, Comparison, against, done, percent_or_number, score, tasks
+from peftkit.bench.compare import Comparison, against, task_names
+from peftkit.bench.overview import done, percent_or_number, score
 from peftkit.config import ConfigError, dump_yaml
 from peftkit.forecast import Budget, Forecast, Plan, Row, Skeleton, budget, largest_micro_batch, of_micro_batch
 from peftkit.memory import human
@@ -145,7 +146,7 @@ def _contenders(results: Results) -> tuple[str, dict[str, Comparison | None]]:
     means = {name: found.mean for name, records in whole.items() if (found := score(records, results.metric))}
     if not means:
         return "", {}
-    sign = -1 if results.metric in LOWER_IS_BETTER else 1
+    sign = 1 if results.higher_better else -1
     best = max(means, key=lambda name: sign * means[name])
     compared = {name: against(results, name, best) for name in means if name != best}
     return best, {best: None} | {name: each for name, each in compared.items() if each.outcome == "equal"}
@@ -216,7 +217,7 @@ def _tell_choice(advice: Advice, found: Evidence, best: str, method: str, conten
     text = with_interval(own, lambda value: percent_or_number(results.metric, value))
     why = f"{results.metric} {text}, {_cells(found, method)}"
     if comparison := contenders[method]:
-        why += f"; {comparison.words}"
+        why += f"; {comparison.words()}"
     if len(contenders) > 1 and _cost(results, method) is not None:
         why += f"; its step is the cheapest of those that fit and cannot be told apart from the best ({', '.join(ordered)})"
     advice.settings.append(Setting("method", method, why))
@@ -231,7 +232,7 @@ def _tell_choice(advice: Advice, found: Evidence, best: str, method: str, conten
 
 def _beaten(results: Results, name: str, best: str) -> str:
     failed = [record for record in results.methods[name] if record.status == "failed"]
-    return f"{name} ({len(failed)} cells failed)" if failed else against(results, name, best).words
+    return f"{name} ({len(failed)} cells failed)" if failed else against(results, name, best).words()
 
 
 def _tell_memory(advice: Advice, recipe: Recipe, forecast: Forecast, micro: int, there: Budget, tried: list[str]) -> None:
@@ -262,7 +263,7 @@ def _tell_rank(advice: Advice, found: Evidence, method: str) -> None:
         for name, records in results.methods.items()
         if name != method and (part := done(records)) and _same_but_rank(done(results.methods[method])[0], part[0])
     ]
-    compared = [f"rank {_text(_ranks(done(results.methods[name])[0]))}: {against(results, name, method).words}" for name in others]
+    compared = [f"rank {_text(_ranks(done(results.methods[name])[0]))}: {against(results, name, method).words()}" for name in others]
     why = "; ".join(compared) if compared else f"the only rank measured with these methods, {_cells(found, method)}: whether another is better is unknown"
     advice.settings.append(Setting("rank", _text(own), why))
 
@@ -317,7 +318,7 @@ def _tell_rows(advice: Advice, record: Record, rows: int, recipe: Recipe) -> Non
 
 def _tell_limits(advice: Advice, found: Evidence, size: int, model: str, comparison: Comparison | None) -> None:
     results = found.results
-    about = ", ".join(task for task in tasks(results) if task) or "one task"
+    about = ", ".join(task for task in task_names(results) if task) or "one task"
     advice.limits.append(f"all evidence is from {found.path}: suite {results.suite}, {about}, base {found.base} with {_of(found.parameters)} parameters")
     if found.parameters is None or not 1 / NEAR < found.parameters / size < NEAR:
         advice.limits.append(f"nothing was measured near the {_of(size)} parameters of {model}: that the order of methods is the same there is not known")
@@ -328,7 +329,9 @@ def _tell_limits(advice: Advice, found: Evidence, size: int, model: str, compari
 
 def _reach(comparison: Comparison) -> str:
     assert comparison.difference is not None
-    return f"{100 * max(-comparison.difference.low, 0.0):.1f} points"
+    difference = comparison.difference
+    most = difference.high if difference.measure.lower_is_better else -difference.low
+    return f"{difference.measure.number(max(most, 0.0), sign=False)} {difference.measure.unit}"
 
 
 def _cells(found: Evidence, method: str) -> str:

@@ -20,7 +20,7 @@ from peftkit.result import machine, versions, write_json
 
 CENTRE, OF_EXAMPLE, SHIFT = 1.5, 1.0, 0.3
 POINTS = {0.0: 0.0, 0.04: 0.3, 0.08: 0.6}  # scatter of a seed's accuracy, about -> standard deviation of the seed effect
-SIZES = [(3, 200), (5, 200), (10, 200), (3, 1000)]
+SIZES = [(3, 200), (10, 200)]
 
 
 def chance(effects: np.ndarray) -> np.ndarray:
@@ -66,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         for points, of_seed in POINTS.items():
             found.append({"seeds": seeds, "examples": examples, "seeds_scatter_by": points} | coverage(rng, seeds, examples, of_seed, options.draws))
             print(found[-1], flush=True)
-    if options.output:
-        write_json(options.output, {"draws": options.draws, "coverage": found, "machine": machine(), "versions": versions()})
+            if options.output:
+                write_json(options.output, {"draws": options.draws, "coverage": found, "machine": machine(), "versions": versions()})
     return 0
 
 

@@ -154,7 +154,11 @@ def sensitivity(results: Results) -> list[Sensitivity]:
         if record.stage == "search" and record.learning_rate:
             by_steps = groups.setdefault((record.method, record.task), {})
             by_steps.setdefault(int(record.recipe.get("train", {}).get("max_steps") or 0), []).append(record)
-    found = [_sensitivity(method, task, steps, results.metric) for (method, task), steps in groups.items()]
+    found = []
+    for (method, task), by_steps in groups.items():
+        done = [record for records in by_steps.values() for record in records if record.status == "done"]
+        metric = results.metric if all(results.metric in record.after for record in done) else "loss"  # a search may measure no more
+        found.append(_sensitivity(method, task, by_steps, metric))
     return [each for each in found if each is not None]
 
 
@@ -163,9 +167,9 @@ def _sensitivity(method: str, task: str, by_steps: dict[int, list[Record]], metr
     sign = -1.0 if measure(metric).lower_is_better else 1.0
     values: dict[float, list[float]] = {}
     for record in records:
-        measured = record.after.get(metric) if record.status == "done" else None
-        if measured is not None or record.kind == "divergence":
-            values.setdefault(float(record.learning_rate or 0), []).append(-np.inf if measured is None else sign * measured)
+        value = record.after.get(metric) if record.status == "done" else None
+        if value is not None or record.kind == "divergence":
+            values.setdefault(float(record.learning_rate or 0), []).append(-np.inf if value is None else sign * value)
     rates = sorted(values)
     means = [float(np.mean(values[rate])) for rate in rates]
     if len(rates) < 2 or not np.isfinite(max(means)):

@@ -70,10 +70,10 @@ POINTS = Measure("accuracy")
 
 
 def measure(metric: str) -> Measure:
-    """Losses and perplexities are better when lower and are said as they are; everything else is a share, said in points."""
-    if metric.endswith("loss") or metric.endswith("perplexity"):
+    """Losses and perplexities are better when lower and are said as they are; BLEU has its own points; everything else is a share."""
+    if metric.endswith(("loss", "perplexity")):
         return Measure(metric, scale=1.0, unit=f"of {metric}", digits=4, lower_is_better=True)
-    return Measure(metric)
+    return Measure(metric, scale=1.0 if metric == "bleu" else 100.0)
 
 
 @dataclass(frozen=True)

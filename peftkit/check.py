@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.text import Text
 
 from peftkit import data, methods
 from peftkit.config import ConfigError
-from peftkit.evaluate import answer_room
-from peftkit.forecast import Budget, Forecast, Plan, Skeleton, budget, largest_micro_batch, micro_batch, of_micro_batch, rows_of
+from peftkit.evaluate import GENERATING, answer_room
+from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch, of_recipe, sizes_of
 from peftkit.memory import human
-from peftkit.model import load_config, load_tokenizer
+from peftkit.model import load_config, load_tokenizer, reads_with_encoder
 from peftkit.recipe import Recipe, load_recipe
 
 SHOWN = 2  # rows printed with their trained tokens marked
@@ -59,10 +60,10 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     _tell_model(report, skeleton)
     plan = None
     try:
-        plan = _tell_data(report, tokenizer)
+        plan = _tell_data(report, tokenizer, reads_with_encoder(config))
     except data.HubError as error:
         report.sections["data"] = [f"unchecked: {error}"]
-    _tell_memory(report, skeleton, plan or Plan([_full_row(recipe)] * recipe.train.batch_size), there, known=plan is not None)
+    _tell_memory(report, skeleton, plan or Plan(_full_rows(recipe, reads_with_encoder(config))), there, known=plan is not None)
     _tell_time(report)
     report.facts["conflicts"] = conflicts(report, config, plan)
     if report.facts["conflicts"]:
@@ -103,18 +104,18 @@ def _tell_model(report: CheckReport, skeleton: Skeleton) -> None:
     }  # fmt: skip
 
 
-def _tell_data(report: CheckReport, tokenizer: Any) -> Plan:
+def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
     """What becomes of the rows, and what of them counts for memory."""
     recipe = report.recipe
     if tokenizer is None:
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
-    examples, found = data.load_examples(recipe.data, tokenizer, "train")
+    examples, found = data.load_examples(recipe.data, tokenizer, "train", pairs)
     report.rows = [(data.colour_row(example, tokenizer), data.marked_row(example, tokenizer)) for example in examples[:SHOWN]]
-    rows = rows_of(data.make_rows(examples, recipe.data))
+    rows = sizes_of(data.make_rows(examples, recipe.data), pairs)
     del examples
-    evaluated, eval_found = data.load_examples(recipe.data, tokenizer, "eval")
-    prompts = 0
-    if evaluated and "exact_match" in recipe.eval.metrics:
+    evaluated, eval_found = data.load_examples(recipe.data, tokenizer, "eval", pairs)
+    prompts = room = 0
+    if evaluated and any(metric in GENERATING for metric in recipe.eval.metrics):
         room = recipe.eval.max_new_tokens or answer_room(tokenizer, [example.answer for example in evaluated])
         prompts = max(len(example.prompt_ids) for example in evaluated) + room
     filled = found.tokens / (len(rows) * recipe.data.max_length) if recipe.data.packing else None
@@ -132,7 +133,7 @@ def _tell_data(report: CheckReport, tokenizer: Any) -> Plan:
         "rows_after_packing": len(rows),
         "filled": filled,
     }
-    return Plan(rows, rows_of([[example] for example in evaluated]), prompts)
+    return Plan(rows, sizes_of(evaluated, pairs), prompts, room)
 
 
 def _counts(found: data.DataReport) -> dict[str, Any]:
@@ -145,16 +146,16 @@ def _counts(found: data.DataReport) -> dict[str, Any]:
 
 def histogram(lengths: Sequence[int]) -> list[str]:
     """Lengths in tokens by equal steps up to the longest, a line each, with a bar for the share of rows."""
-    if len(set(lengths)) < 2:
+    found = np.asarray(lengths)
+    if not found.size or found.min() == found.max():
         return []
-    step = -(-max(lengths) // BARS)
-    counts = [0] * BARS
-    for length in lengths:
-        counts[(length - 1) // step] += 1
-    shown = [(i, count) for i, count in enumerate(counts) if i * step < max(lengths)]
-    wide = len(str(max(lengths)))
+    longest = int(found.max())
+    step = -(-longest // BARS)
+    counts = np.bincount((found - 1) // step, minlength=BARS).tolist()
+    shown = [(i, count) for i, count in enumerate(counts) if i * step < longest]
+    wide = len(str(longest))
     return [
-        f"    {i * step + 1:>{wide}} to {min((i + 1) * step, max(lengths)):>{wide}} tokens {'#' * -(-count * WIDTH // max(counts)):<{WIDTH}} {count}"
+        f"    {i * step + 1:>{wide}} to {min((i + 1) * step, longest):>{wide}} tokens {'#' * -(-count * WIDTH // max(counts)):<{WIDTH}} {count}"
         for i, count in shown
     ]
 
@@ -162,21 +163,20 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- memory, time
 
 
-def _full_row(recipe: Recipe) -> Any:
-    """A row as long as rows can be, all of it trained: for data that could not be read."""
-    from peftkit.forecast import Row
-
-    return Row(recipe.data.max_length, recipe.data.max_length)
+def _full_rows(recipe: Recipe, pairs: bool) -> Sizes:
+    """A batch of rows as long as rows can be, all of them trained (half of each, where an encoder reads the rest): for data that could not be read."""
+    longest = recipe.data.max_length
+    return replace(Sizes.of([Row(longest, longest // 2 if pairs else longest)] * recipe.train.batch_size), pairs=pairs)
 
 
 def _tell_memory(report: CheckReport, skeleton: Skeleton, plan: Plan, there: Budget, known: bool) -> None:
     """The forecast with its parts, whether it fits, and how many rows at a time would."""
-    asked = micro_batch(report.recipe, plan)
     most = largest_micro_batch(skeleton, plan, there)
-    micro = asked if isinstance(asked, int) else max(most, 1)
-    found = of_micro_batch(skeleton, plan, micro)
+    micro, found = of_recipe(skeleton, plan)
+    if report.recipe.train.micro_batch_size == "auto":
+        micro, found = max(most, 1), of_micro_batch(skeleton, plan, max(most, 1))
     fits, reserve = there.holds(found), there.reserve(found)
-    longest = max(row.tokens for row in plan.rows)
+    longest = int(plan.rows.tokens.max())
     lines = [f"peak {human(found.total)} with {micro} rows at a time, the longest {longest} tokens{'' if known else ' (max_length: the data is unknown)'}"]
     lines += [f"  {name:<46}{human(size):>12}" for name, size in parts(found).items()]
     lines.append(
@@ -242,7 +242,7 @@ def conflicts(report: CheckReport, config: Any, plan: Plan | None) -> list[str]:
         found.append(f"train.micro_batch_size: {train.micro_batch_size} is more than train.batch_size: {train.batch_size}, and does nothing")
     if train.gradient_checkpointing and memory["fits"] and memory["largest_micro_batch"] >= train.batch_size:
         found.append("train.gradient_checkpointing: even the whole batch fits with it; without it steps are faster, if that fits too")
-    if recipe.data.packing and plan is not None and max(row.documents for row in plan.rows) == 1:
+    if recipe.data.packing and plan is not None and plan.rows.documents.max() == 1:
         found.append("data.packing: no two rows fit into one, so it does nothing")
     dropped = report.facts["data"]["train"]["too_long"] if report.facts.get("data") else 0
     if dropped and dropped > 0.05 * report.facts["data"]["train"]["rows"]:

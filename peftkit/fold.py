@@ -13,7 +13,7 @@ from torch import Tensor
 from peftkit.adapter_file import CONFIG_FILE
 from peftkit.config import ConfigError, suggest
 from peftkit.layers import adapter_layers, dense_weight
-from peftkit.merge import MergeCheck, MergeError, compare_logits, merge_verified
+from peftkit.merge import MergeCheck, MergeError, compare_logits, logits_on, merge_verified
 from peftkit.model import load
 from peftkit.use import Origin, find_origin, load_adapted
 
@@ -121,7 +121,7 @@ def token_ids(model: Any) -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: Any) -> Tensor:
-    return model.eval()(input_ids=token_ids(model)).logits
+    return logits_on(model.eval(), token_ids(model))
 
 
 def write_verified(model: Any, tokenizer: Any, target: Path) -> None:

@@ -33,14 +33,15 @@ class TokenLoss(nn.Module):
     def forward(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """(loss sum, supervised tokens) for labels (rows, tokens), -100 where not supervised, and the model's inputs.
 
-        As everywhere in transformers, the label at position i is predicted from position i - 1.
+        As everywhere in transformers, the label at position i is predicted from position i - 1; where a decoder of its own writes the answer,
+        labels (rows, answer) are of what it writes.
         """
+        inputs, targets = self._prepared(labels, inputs)
         if self.gathers is None:
-            self.gathers = self._gathering_is_exact(labels, inputs)
+            self.gathers = self._gathering_is_exact(inputs)
         if not self.gathers and not torch.is_grad_enabled():
-            losses, tokens = self.by_row(labels, **inputs)
+            losses, tokens = self._by_row(inputs, targets)
             return losses.sum(), tokens.sum()
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (rows, tokens): what position i predicts
         chosen = targets != IGNORE
         targets = targets[chosen]  # (supervised,)
         if not self.gathers:
@@ -60,13 +61,16 @@ class TokenLoss(nn.Module):
 
         A model whose logits are not its head's output runs row by row: of them, those of one row exist at one time.
         """
+        inputs, targets = self._prepared(labels, inputs)
         if self.gathers is None:
-            self.gathers = self._gathering_is_exact(labels, inputs)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (rows, tokens)
+            self.gathers = self._gathering_is_exact(inputs)
+        return self._by_row(inputs, targets)
+
+    def _by_row(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Tensor, Tensor]:
         chosen = targets != IGNORE
-        losses = torch.zeros(len(labels), device=labels.device)
+        losses = torch.zeros(len(targets), device=targets.device)
         if not self.gathers:
-            for i in range(len(labels)):
+            for i in range(len(targets)):
                 row = {key: value[i : i + 1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
                 logits = self.model(**row, use_cache=False).logits[chosen[i : i + 1]]
                 losses[i] = F.cross_entropy(logits.float(), targets[i][chosen[i]], reduction="sum")
@@ -77,17 +81,31 @@ class TokenLoss(nn.Module):
             losses.index_add_(0, rows[part], self._chunk(hidden[part], wanted[part], "none"))
         return losses, chosen.sum(1)
 
+    def _prepared(self, labels: Tensor, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """(the model's inputs, (rows, tokens) what each position predicts); an encoder-decoder model's with what its decoder has written before."""
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return {**inputs, "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels=labels)}, labels
+        return inputs, F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
     def _hidden(self, inputs: dict[str, Any]) -> Tensor:
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (rows, tokens, dim)
+        """(rows, tokens, dim), of the decoder where there is an encoder too."""
+        if self.model.base_model is not self.model:
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        mask = inputs["attention_mask"]  # T5 has no body: its encoder and decoder stand beside the head
+        read = self.model.get_encoder()(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+        return self.model.get_decoder()(
+            input_ids=inputs["decoder_input_ids"], encoder_hidden_states=read, encoder_attention_mask=mask, use_cache=False
+        ).last_hidden_state
 
     def _chunk(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         return F.cross_entropy(self.model.get_output_embeddings()(hidden).float(), targets, reduction=reduction)
 
     @torch.no_grad()
-    def _gathering_is_exact(self, labels: Tensor, inputs: dict[str, Any]) -> bool:
+    def _gathering_is_exact(self, inputs: dict[str, Any]) -> bool:
         """Whether lm_head on the last hidden state gives the model's own logits, tried on one row."""
         model = self.model
-        if getattr(model, "base_model", model) is model or getattr(model, "get_output_embeddings", lambda: None)() is None:
+        bodiless = getattr(model, "base_model", model) is model and not ("decoder_input_ids" in inputs and "attention_mask" in inputs)
+        if bodiless or getattr(model, "get_output_embeddings", lambda: None)() is None:
             logger.warning("%s does not separate its body from its head: the loss is taken from full logits", type(model).__name__)
             return False
         was_training = model.training

@@ -92,6 +92,14 @@ def compare_logits(before: Tensor, after: Tensor) -> MergeCheck:
     )
 
 
+def logits_on(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """The model's logits on tokens (rows, tokens), which an encoder-decoder model reads and writes."""
+    config = getattr(model, "config", None)
+    written = {"decoder_input_ids": input_ids} if getattr(config, "is_encoder_decoder", False) else {}
+    logits: Tensor = model(input_ids=input_ids, **written).logits
+    return logits
+
+
 @torch.no_grad()
 def merge_verified(model: nn.Module, input_ids: Tensor, max_kl: float = 1e-2, originals: dict[str, Tensor] | None = None) -> MergeCheck:
     """`merge`, then a comparison of the logits on `input_ids` (rows, tokens) before and after.
@@ -101,9 +109,9 @@ def merge_verified(model: nn.Module, input_ids: Tensor, max_kl: float = 1e-2, or
     """
     was_training = model.training
     model.eval()
-    before = model(input_ids=input_ids).logits
+    before = logits_on(model, input_ids)
     merge(model, originals)
-    check = compare_logits(before, model(input_ids=input_ids).logits)
+    check = compare_logits(before, logits_on(model, input_ids))
     model.train(was_training)
     if originals is None and not check.kl <= max_kl:
         raise MergeError(f"the merged model is not the trained one (bound: KL {max_kl:g}); {check}")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from peftkit import quant
@@ -103,6 +103,16 @@ def load_config(name: str, revision: str | None = None) -> Any:
     return _from_hub("config", name, AutoConfig.from_pretrained, revision=revision)
 
 
+def reads_with_encoder(config: Any) -> bool:
+    """Whether a model has an encoder for the prompt and a decoder for the answer (T5, BART). All that differs for them asks this."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def model_class(config: Any) -> Any:
+    """The auto class that loads models of this config."""
+    return AutoModelForSeq2SeqLM if reads_with_encoder(config) else AutoModelForCausalLM
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model; None where its folder holds none."""
     place = Path(locate(name))
@@ -113,8 +123,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 def _unquantizable(name: str, revision: str | None) -> list[str]:
     """The linears that must stay as they are on a CPU, with the head; empty where all can be in 4 bits."""
+    config = load_config(name, revision)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(load_config(name, revision))
+        skeleton = model_class(config).from_config(config)
     head = output_head(skeleton)
     left = [n for n, m in skeleton.named_modules() if quant.misread_on_cpu(m) and m is not head]
     if not left:
@@ -149,7 +160,7 @@ def load(
     attention: str = "auto",
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The causal language model `name` (a hub id, a local folder or builtin:tiny) and its tokenizer, ready to attach to.
+    """The language model `name` (a hub id, a local folder or builtin:tiny; causal or encoder-decoder) and its tokenizer, ready to attach to.
 
     quantize: "nf4" or "fp4" (with double quantisation), "int8", or None. dtype: of the arithmetic and of what is not
     quantised; by default bfloat16 where the hardware has it, else float32. The tokenizer is None where there is none.
@@ -166,7 +177,7 @@ def load(
         left = _unquantizable(name, revision) if quantize != "int8" and device.type == "cpu" else []
         options["quantization_config"] = quant.quantization_config(quantize, dtype, left or None)
         options["device_map"] = {"": device}
-    model, report = _from_hub("weights", name, AutoModelForCausalLM.from_pretrained, **options)
+    model, report = _from_hub("weights", name, model_class(load_config(name, revision)).from_pretrained, **options)
     if any(key.endswith("scales_of_scales") for key in report["unexpected_keys"]):
         raise ConfigError(f"model: {name} was saved while its experts were in 4 bits, which transformers cannot read back; save the adapter, or merge first")
     if quantize is not None:

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, set_seed
 
 from peftkit import data, methods
 from peftkit.checkpoint import CheckpointError
 from peftkit.config import ConfigError
 from peftkit.memory import human
-from peftkit.model import load_config, load_tokenizer
+from peftkit.model import load_config, load_tokenizer, model_class, reads_with_encoder
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.result import Result
 from peftkit.run import run
@@ -62,7 +62,8 @@ def rehearse(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[s
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as place:
         work = Path(place)
         tokenizer = _stand_in_model(recipe, beside, work / "base", report)
-        small = _stand_in_recipe(recipe, tokenizer, beside, work, steps, report)
+        pairs = reads_with_encoder(load_config(str(work / "base")))
+        small = _stand_in_recipe(recipe, tokenizer, pairs, beside, work, steps, report)
         result = report.result = run(small, console=console)
         saved = human(result.adapter["bytes"])
         losses = [json.loads(line)["loss"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -122,10 +123,10 @@ def _stand_in_model(recipe: Recipe, beside: Path, folder: Path, report: Rehearsa
     small = shrink(config, tokenizer, rank, all_layers=any(method.layers_to_transform is not None for method in swapping))
     set_seed(0)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(small)
+        skeleton = model_class(small).from_config(small)
     if skeleton.num_parameters() > LARGEST:
         raise ConfigError(f"model: a config of type {config.model_type} has sizes that a rehearsal does not know how to shrink")
-    model = AutoModelForCausalLM.from_config(small)
+    model = model_class(small).from_config(small)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report.real.append(f"architecture: {type(model).__name__}, {', '.join(_kinds(small))}")
@@ -156,7 +157,9 @@ def shrink(config: Any, tokenizer: Any, rank: int = 0, all_layers: bool = False)
         "sliding_window": BLOCK,
         "max_window_layers": layers,
         "vocab_size": len(tokenizer),
-        **{name: 3 * unit for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")},
+        **{name: 3 * unit for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")},
+        **{name: 4 for name in ("encoder_attention_heads", "decoder_attention_heads")},
+        **{name: layers for name in ("num_decoder_layers", "encoder_layers", "decoder_layers")},
         **{name: unit for name in ("moe_intermediate_size", "shared_expert_intermediate_size")},
     }
     for name, size in sizes.items():
@@ -170,9 +173,17 @@ def shrink(config: Any, tokenizer: Any, rank: int = 0, all_layers: bool = False)
         for name, value in (values.get(rope) or {}).items():
             if isinstance(value, list):  # factors of LongRoPE, one for each pair of a head's dimensions
                 values[rope][name] = value[: unit // 4]
-    values |= {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    special = {token: f"{token}_token_id" for token in ("pad", "bos", "eos")}
+    if values.get("decoder_start_token_id") is not None:  # one of the others, T5's is pad
+        same = [name for name in special.values() if values.get(name) == values["decoder_start_token_id"]]
+        values["decoder_start_token_id"] = getattr(tokenizer, (same or ["pad_token_id"])[0])
+    values |= {name: getattr(tokenizer, name) for name in special.values()}
     values.pop("model_type", None)
-    return type(config)(**values)
+    small = type(config)(**values)
+    for name, value in values.items():  # T5's config sets one switch by another
+        if isinstance(value, bool) and getattr(small, name, value) is not value:
+            setattr(small, name, value)
+    return small
 
 
 def _layers(kinds: list[str]) -> int:
@@ -196,18 +207,18 @@ def _changes(config: Any, small: Any) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------- the recipe and its rows
 
 
-def _stand_in_recipe(recipe: Recipe, tokenizer: Any, beside: Path, work: Path, steps: int, report: Rehearsal) -> Recipe:
+def _stand_in_recipe(recipe: Recipe, tokenizer: Any, pairs: bool, beside: Path, work: Path, steps: int, report: Rehearsal) -> Recipe:
     """The recipe with the small model, few rows and few steps, everything else as it was."""
     small, length = recipe.model_dump(), min(recipe.data.max_length, LENGTH)
     for split in ("train", "eval"):
         if small["data"][split] is not None:
-            small["data"][split], fits = _stand_in_rows(recipe.data, split, tokenizer, beside, work, report)
+            small["data"][split], fits = _stand_in_rows(recipe.data, split, tokenizer, pairs, beside, work, report)
             length = length if fits else recipe.data.max_length
     small["data"]["cache"] = False
     for number, part in enumerate(recipe.data.parts):
         own = small["data"]["replay"] if part is recipe.data.replay else small["data"]["mix"][number - bool(recipe.data.replay)]
         alone = recipe.data.alone(part.source, columns=part.columns)
-        own["source"], _ = _stand_in_rows(alone, "train", tokenizer, beside, work / f"part-{number}", report)
+        own["source"], _ = _stand_in_rows(alone, "train", tokenizer, pairs, beside, work / f"part-{number}", report)
     if length < recipe.data.max_length:
         small["data"] |= {"max_length": length, "truncation": "right", "on_bad_row": "skip"}
     for split, most in (("train", ROWS), ("eval", EVAL_ROWS)):  # rows that stand in are few already
@@ -230,7 +241,7 @@ def _stand_in_recipe(recipe: Recipe, tokenizer: Any, beside: Path, work: Path, s
     return load_recipe(small)
 
 
-def _stand_in_rows(config: data.DataConfig, split: Any, tokenizer: Any, beside: Path, work: Path, report: Rehearsal) -> tuple[str, bool]:
+def _stand_in_rows(config: data.DataConfig, split: Any, tokenizer: Any, pairs: bool, beside: Path, work: Path, report: Rehearsal) -> tuple[str, bool]:
     """Where the rows of a split are, and whether rows cut at LENGTH tokens leave something to train.
 
     The split itself where it can be had, checked as the recipe says; else a file of others in the same columns.
@@ -244,7 +255,7 @@ def _stand_in_rows(config: data.DataConfig, split: Any, tokenizer: Any, beside: 
     kept = sorted((beside / "rows").glob(name.replace("/", "--") + ("" if file else ".*")))
     if file is None or file.exists() or not kept:  # a file that is not there and that nothing stands in for is an error
         try:
-            examples, found = data.load_examples(few, tokenizer, split)
+            examples, found = data.load_examples(few, tokenizer, split, pairs)
             report.real.append(f"data.{split}: the first rows of {found.lines()[0]}")
             report.real += [f"  left out: {line}" for line in data.bad_lines(found.dropped)]
             return spec, any(any(example.trained[:LENGTH]) for example in examples)

@@ -23,10 +23,11 @@ from peftkit import train as training
 from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.config import ConfigError, read_yaml
 from peftkit.console import bar
+from peftkit.energy import energy_joules
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
 from peftkit.memory import human
-from peftkit.model import load, load_config, load_tokenizer, resolve_dtype
+from peftkit.model import load, load_config, load_tokenizer, reads_with_encoder, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe, resolved
 from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json, write_text
@@ -85,18 +86,20 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     if accelerator.num_processes > 1:  # after what all must start from alike: each drops out its own units
         torch.manual_seed(recipe.train.seed + accelerator.process_index)
     accelerator.init_trackers("peftkit", flat(recipe.model_dump()))
+    energy = None if resume else energy_joules()  # of a resumed run only its last part would be counted
     try:
         stats = train(recipe, loss, model, optimizer, sets, accelerator, folder, handles, console, resume, scores, tripwires)
     except Interrupted as interrupted:
         interrupted.add_note(f"go on with: {resume_line(given, overrides, accelerator.num_processes, accelerator.device.type)}")
         raise
+    used = {} if energy is None else {"energy_joules": (energy_joules() or 0.0) - energy}
     accelerator.wait_for_everyone()
     adapter = save(model, tokenizer, recipe, folder) if accelerator.is_main_process else {}  # before anything else can fail
     after = scores.score("after", folder / "predictions.jsonl")
     accelerator.log({f"after/{key}": value for key, value in after.items() if isinstance(value, (int, float))}, step=stats.steps)
     for tracker in accelerator.trackers:  # not accelerator.end_training(), which would also end the processes' group under a notebook's next run
         tracker.finish()
-    result = Result(before, after, stats.summary(), adapter, asked.model_dump(), versions(), machine(), str(folder))
+    result = Result(before, after, stats.summary() | used, adapter, asked.model_dump(), versions(), machine(), str(folder))
     if accelerator.is_main_process:
         write_json(folder / "result.json", result.to_json())
         plot_loss(folder / "metrics.jsonl", folder / "loss.png", before.get("loss"), after.get("loss"))
@@ -200,18 +203,19 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any
     if tokenizer is None:
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
     sets: dict[str, Any] = {}
+    pairs = reads_with_encoder(load_config(recipe.model.name, recipe.model.revision))
     for split in ("train", "eval"):
-        sets[split], report = data.load_examples(recipe.data, tokenizer, split)
+        sets[split], report = data.load_examples(recipe.data, tokenizer, split, pairs)
         for line in report.lines():
             console.print(line, highlight=False, markup=False)
     for name in recipe.eval.retained:
-        sets[name], _ = data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train")
+        sets[name], _ = data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train", pairs)
     generating = [metric for metric in recipe.eval.metrics if metric in evaluate.GENERATING]
     for name in recipe.eval.retained + (["eval"] if generating else []):
         if any(not example.prompt_ids for example in sets[name]):
             raise ConfigError(f"eval: {', '.join(generating) or 'exact_match'} needs rows with an answer, and {name} holds plain text; use the metric loss")
     if "choice_accuracy" in recipe.eval.metrics:
-        questions, notes = data.load_choices(recipe.data, tokenizer, recipe.eval.choices)
+        questions, notes = data.load_choices(recipe.data, tokenizer, recipe.eval.choices, pairs)
         sets["choices"] = [evaluate.ChoiceRow(q.where, q.candidates, q.correct) for q in questions]
         for line in notes:
             console.print(line, highlight=False, markup=False)
@@ -223,8 +227,9 @@ def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, conso
     if recipe.train.micro_batch_size != "auto":
         return recipe
     rows = data.make_rows(sets["train"], recipe.data)
-    plan = forecast.Plan(forecast.rows_of(rows), forecast.rows_of([[example] for example in sets["eval"]]))
     config = load_config(recipe.model.name, recipe.model.revision)
+    pairs = reads_with_encoder(config)
+    plan = forecast.Plan(forecast.sizes_of(rows, pairs), forecast.sizes_of(sets["eval"], pairs))
     recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
     console.print(said, highlight=False, markup=False)
     return recipe
@@ -266,7 +271,7 @@ def train(
             lambda row: sum(sum(example.trained[1:]) for example in row),
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
             autocast=recipe.train.full_finetuning and resolve_dtype(recipe.model.dtype) == torch.bfloat16,
-            lengths=sets["train"].lengths.tolist() if grouped else None,
+            lengths=sets["train"].lengths if grouped else None,
             where=lambda row: [example.where for example in row],
             evaluate=scores.loss_now if sets["eval"] else None, on_evaluation=on_evaluation, tripwires=tripwires,
         )  # fmt: skip
@@ -275,7 +280,8 @@ def train(
 def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[str, Any]:
     """The loss's input for packed or single rows, on the model's device."""
     model: Any = loss.model
-    batch = data.collate(rows, model.config.pad_token_id or 0)
+    pad = model.config.pad_token_id or 0
+    batch = data.collate_pairs([example for row in rows for example in row], pad) if reads_with_encoder(model.config) else data.collate(rows, pad)
     return {key: value.to(model.device) for key, value in batch.items() if key != "document_lengths"}
 
 

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from peftkit.bench.cells import Record, Results
+from peftkit.bench.records import Record, Results
 
 METHODS = {"lora": 0.80, "dora": 0.81, "qlora": 0.79, "lora-loraplus": 0.88, "lora-r1": 0.55, "full": 0.82}
 TASKS = {"sql": 0.0, "tool-calls": -0.1, "units": 0.05}

@@ -140,9 +140,9 @@ def test_answers_are_kept_once_for_a_task_and_cut(tmp_path):
     lines.append({"set": "builtin:copy/test", "index": 0, "correct": False, "prompt": "", "prediction": "other", "answer": ""})
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = read_answers(path)
+    rows = read_answers(path, "eval")
     assert wrong_answers(rows) == {"1": "no 1", "2": "no 2"}
-    kept = shared_examples([("t", path), ("t", tmp_path / "not looked at"), ("gone", tmp_path / "missing")])
+    kept = shared_examples([("t", path), ("t", tmp_path / "not looked at"), ("gone", tmp_path / "missing")], "eval")
     assert list(kept) == ["t"] and [row["answer"] for row in kept["t"]] == ["a0", "a1", "a2"]
     assert len(kept["t"][0]["prompt"]) == KEPT and kept["t"][0]["prompt"].endswith("…")
 

@@ -402,10 +402,10 @@ def test_the_first_ten_bad_rows_are_listed_and_the_others_counted(tmp_path):
 def test_long_rows_are_dropped_or_cut_and_counted(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b" * n} for n in (3, 30, 5)])
     examples, report = load_examples(config(train=path, max_length=16), tokenizer(), "train")
-    assert report.lengths == [6, 8] and report.truncated == 0 and report.longest == 8
+    assert list(report.lengths) == [6, 8] and report.truncated == 0 and report.longest == 8
     assert [(bad.where, bad.reason, bad.too_long) for bad in report.dropped] == [(f"{path}:2", "33 tokens, and max_length is 16", True)]
     examples, report = load_examples(config(train=path, max_length=16, truncation="right"), tokenizer(), "train")
-    assert report.lengths == [6, 16, 8] and report.truncated == 1 and not report.dropped
+    assert list(report.lengths) == [6, 16, 8] and report.truncated == 1 and not report.dropped
     assert sum(examples[1].trained) == 14 == report.supervised_tokens - 4 - 6
     lost = write(tmp_path / "lost.jsonl", [{"prompt": "a", "completion": "b" * 30}, {"prompt": "a" * 30, "completion": "b"}])
     _, report = load_examples(config(train=lost, max_length=16, truncation="right", on_bad_row="skip"), tokenizer(), "train")

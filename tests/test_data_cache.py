@@ -49,7 +49,7 @@ def test_a_second_load_reads_what_the_first_kept(source, tmp_path, monkeypatch):
     again, second = read(source, max_length=60)
     assert again == examples and [f"tokenised rows are read from {file}"] == second.notes[-1:]
     assert (second.dropped, second.rows, second.format, second.truncated) == (report.dropped, report.rows, report.format, report.truncated)
-    assert second.notes[:-1] == report.notes[:-1] and second.lengths == report.lengths and second.supervised_tokens == report.supervised_tokens
+    assert second.notes[:-1] == report.notes[:-1] and list(second.lengths) == list(report.lengths) and second.supervised_tokens == report.supervised_tokens
 
 
 def test_what_is_kept_is_what_would_be_made(source):

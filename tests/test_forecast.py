@@ -12,8 +12,24 @@ from transformers import Gemma2Config, MixtralConfig
 import peftkit as pk
 from peftkit import quant
 from peftkit.config import ConfigError
-from peftkit.forecast import Budget, Forecast, Plan, Row, Skeleton, Workload, forecast, largest_micro_batch, of_micro_batch, with_micro_batch, worst
-from peftkit.forecast.fit import budget, parse_bytes
+from peftkit.data import Example, Examples, Rows
+from peftkit.forecast import (
+    Budget,
+    Forecast,
+    Plan,
+    Row,
+    Sizes,
+    Skeleton,
+    Workload,
+    forecast,
+    largest_micro_batch,
+    of_micro_batch,
+    of_recipe,
+    sizes_of,
+    with_micro_batch,
+    worst,
+)
+from peftkit.forecast.fit import budget, by_tokens, parse_bytes
 from peftkit.loss import TokenLoss
 from peftkit.memory import count_saved
 from peftkit.model import load_config
@@ -138,16 +154,40 @@ def test_a_model_that_caps_its_logits_pays_for_all_of_them():
 
 
 def test_the_worst_batch_is_the_longest_rows():
-    rows = [Row(10, 5), Row(40, 2), Row(30, 20), Row(5, 1)]
+    listed = [Row(10, 5), Row(40, 2), Row(30, 20), Row(5, 1)]
+    rows = Sizes.of(listed)
     assert worst(rows, 2) == Workload(2, 40, 25, 1, False, True)
     assert worst(rows, 1) == Workload(1, 40, 20, 1, False, False)
-    assert worst(rows[:2], 8).rows == 2
+    assert worst(Sizes.of(listed[:2]), 8).rows == 2
+
+
+def test_the_largest_micro_batch_by_tokens_need_not_hold_the_longest_row():
+    """Trap: 1,100 tokens are a micro-batch by themselves, two rows of 1,000 are a larger one, and a forecast of the longest row misses it."""
+    rows = Sizes.of([Row(1100, 50), *[Row(1000, 40)] * 3, *[Row(100, 10)] * 4])
+    largest, longest = by_tokens(rows, 8)
+    assert largest == Workload(2, 1000, 80, 1, False, True) and longest == Workload(1, 1100, 50, 1, False, False)
+    assert by_tokens(rows, 1)[0] == longest, "no more rows than the batch has"
+    plan = Plan(Sizes.of([Row(1100, 50), *[Row(1000, 50)] * 3]))
+    bones = skeleton([{"lora": {"r": 4}}])
+    rows_at_a_time, found = of_recipe(bones, plan)
+    assert rows_at_a_time == 2 and found.activations > 1.5 * of_micro_batch(bones, plan, 1).activations
+
+
+def test_sizes_are_counted_without_reading_tokens():
+    examples = Examples.of([Example([1] * n, [False] + [True] * (n - 1), f"row {n}") for n in (5, 3, 4, 2)])
+    for rows in (examples, Rows(examples, [[0, 2], [1, 3]])):
+        found = sizes_of(rows)
+        counted = [row if isinstance(row, list) else [row] for row in rows]
+        assert found.tokens.tolist() == [sum(len(each.input_ids) for each in row) for row in counted]
+        assert found.supervised.tolist() == [sum(sum(each.trained) for each in row) for row in counted]
+        assert found.documents.tolist() == [len(row) for row in counted]
+    assert len(sizes_of(Examples.of([]))) == 0
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
     """Trap 18: out of memory forty steps in, at the first long batch."""
     found = Skeleton(recipe([{"lora": {}}], batch_size=12), load_config("builtin:tiny"), gpu=True)
-    plan = Plan([Row(100, 50)] * 3 + [Row(10, 5)] * 20)
+    plan = Plan(Sizes.of([Row(100, 50)] * 3 + [Row(10, 5)] * 20))
     need = [of_micro_batch(found, plan, count).total for count in (1, 5, 6, 12)]
     assert need == sorted(need)
     there = Budget(0, "here", gpu=True)
@@ -157,7 +197,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
 
 
 def test_auto_becomes_a_number_or_an_error_that_says_what_to_do(monkeypatch):
-    plan = Plan([Row(20, 10)] * 8)
+    plan = Plan(Sizes.of([Row(20, 10)] * 8))
     asked = recipe([{"lora": {}}], batch_size=8, micro_batch_size="auto")
     decided, said = with_micro_batch(asked, load_config("builtin:tiny"), plan)
     assert decided.train.micro_batch_size == 8 and "8 rows at a time" in said and asked.train.micro_batch_size == "auto"

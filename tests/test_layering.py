@@ -33,6 +33,7 @@ LEVELS = [
         "merge",
         "adopt",
         "memory",
+        "energy",
         "tripwires",
         "activations",
         "interrupts",

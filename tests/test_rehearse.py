@@ -15,7 +15,7 @@ from peftkit import rehearse as rehearsing
 from peftkit.checkpoint import CheckpointError
 from peftkit.cli import app
 from peftkit.config import ConfigError
-from peftkit.model import load_tokenizer
+from peftkit.model import load_tokenizer, model_class
 from peftkit.recipe import load_recipe
 from peftkit.rehearse import LENGTH, rehearse, shrink
 
@@ -45,7 +45,8 @@ def test_every_recipe_goes_the_whole_way(name, tmp_path, monkeypatch):
     if not recipe.model.name.startswith("builtin:"):
         assert f"config of {recipe.model.name}: the sizes kept in" in told and f"tokenizer of {recipe.model.name}: that of builtin:tiny" in told
         model_type = KEPT[recipe.model.name.rsplit("/", 1)[-1]]["config"]["model_type"]
-        kind = transformers.AutoModelForCausalLM._model_mapping[type(transformers.AutoConfig.for_model(model_type))]
+        config = transformers.AutoConfig.for_model(model_type)
+        kind = model_class(config)._model_mapping[type(config)]
         assert f"architecture: {kind.__name__}" in "\n".join(report.real)
         assert f"data.train, {recipe.data.train}: " in told and "rows in its columns from" in told
     assert "random ones" in told and "read back" in report.did[-1]
@@ -69,7 +70,7 @@ def test_a_shrunken_model_is_the_same_but_for_its_sizes(name):
     config = transformers.AutoConfig.for_model(**KEPT[name]["config"])
     small = shrink(config, load_tokenizer("builtin:tiny"), rank=64)
     with torch.device("meta"):
-        big, little = (transformers.AutoModelForCausalLM.from_config(each) for each in (config, small))
+        big, little = (model_class(each).from_config(each) for each in (config, small))
     assert type(big) is type(little) and little.num_parameters() < 5e6
     names = [{re.sub(r"\.\d+", "", key) for key, _ in model.named_modules()} for model in (big, little)]
     assert names[0] == names[1], "targets have the same names"

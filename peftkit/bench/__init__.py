@@ -1,7 +1,8 @@
 """The benchmark harness: suite -> cells (one process each) -> results.json -> report, and a gate for CI.
 
+    from peftkit.bench.baseline import load_baseline
     from peftkit.bench.cells import load_results, run_suite
-    from peftkit.bench.gate import gate, load_baseline
+    from peftkit.bench.gate import gate
     from peftkit.bench.report import markdown
     from peftkit.bench.suite import load_suite
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 KEPT = 240  # characters of a text: enough to see what went wrong, and a thousand rows stay a few hundred KB
-SETS = ("eval", "choices")  # of predictions.jsonl, in the order in which they are looked for
 
 
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """The lines of a predictions.jsonl about the evaluation set, in its order. Raises OSError, ValueError or KeyError."""
+def read_answers(path: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a predictions.jsonl about the set `name`, in its order. Raises OSError, ValueError or KeyError."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    name = next((name for name in SETS if any(line["set"] == name for line in lines)), SETS[0])
     return sorted((line for line in lines if line["set"] == name), key=lambda line: line["index"])
 
 
@@ -23,15 +21,15 @@ def wrong_answers(rows: list[dict[str, Any]]) -> dict[str, str]:
     return {str(i): _cut(row["prediction"]) for i, row in enumerate(rows) if not row["correct"]}
 
 
-def shared_examples(cells: Iterable[tuple[str, Path]]) -> dict[str, list[dict[str, str]]]:
-    """task -> prompt and reference of every example, from the first of the task's (task, predictions.jsonl) that is still there.
+def shared_examples(cells: Iterable[tuple[str, Path]], name: str) -> dict[str, list[dict[str, str]]]:
+    """task -> prompt and reference of every example of the set `name`, from the first of the task's (task, predictions.jsonl) that is still there.
 
     A run folder may have been cleared away since its record was written: the report then shows positions without texts.
     """
     found: dict[str, list[dict[str, str]]] = {}
     for task, path in cells:
         if task not in found and path.is_file():
-            found[task] = [{"prompt": _cut(row.get("prompt", "")), "answer": _cut(row["answer"])} for row in read_answers(path)]
+            found[task] = [{"prompt": _cut(row.get("prompt", "")), "answer": _cut(row["answer"])} for row in read_answers(path, name)]
     return found
 
 

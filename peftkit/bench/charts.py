@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from peftkit.bench.cells import Record, Results
 from peftkit.bench.overview import SHARES, done, percent_or_number, score, tasks
+from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Interval
 
 POINTS = 80  # of a loss curve: finer than a figure of a few hundred pixels can show

@@ -1,179 +1,255 @@
-"""The gate: does a method still reach its baseline? And `accept`, which makes baselines of results.
+"""The gate: does a method still reach its baseline, in accuracy, step time and memory?
 
-Both sides answer the same test examples, so what differs between two runs of equal code is training: the accuracy of a seed is one
-draw. A method fails when its mean accuracy lies below the baseline by more than margin plus noise, one-sided at 99%:
+**Accuracy.** Both sides answer the same test examples, so what differs between two runs of equal code is training: the accuracy of a
+seed is one draw. A method fails when its mean lies below the baseline by more than the margin and by more than chance explains:
 
-    accuracy < baseline - margin - t(0.99, df) * s * sqrt(1 / seeds + 1 / baseline seeds)
+    accuracy < baseline - max(margin, t(1 - ALPHA / verdicts, df) * s * sqrt(1 / seeds + 1 / baseline seeds))
 
-Three seeds say little about their own spread, and a plain t-test of them would let 20 points pass now and then. s is therefore the
-moderated standard deviation of Smyth (2004, "Linear models and empirical Bayes methods"): the variances of the seeds of both sides
-are pooled with a prior one that counts for PRIOR degrees of freedom,
+The two are not added: a margin on top of the noise would let a drop of twice its size through. ALPHA is the chance that a gate over
+equal code fails at all, shared by its verdicts (Bonferroni). Few seeds say little about their own spread, so s is the moderated standard
+deviation of Smyth (2004, "Linear models and empirical Bayes methods"), with a prior variance that counts for PRIOR degrees of freedom:
 
     s^2 = (PRIOR * s0^2 + sum of squared deviations of the seeds) / df,   df = PRIOR + seeds - 1 + known baseline seeds - 1
     s0^2 = max(p (1 - p) / examples, 0.01^2)
 
-p (1 - p) / examples being what chance alone does to a run whose answers are independent. A method also fails when it has no results
-or when one of its seeds failed: the mean over those that got through would be too good.
+p (1 - p) / examples being what chance alone does to a run whose answers are independent. **All methods together** are judged besides, by
+the mean of their differences: a fault in what they share shows there although each has few seeds.
+
+**Step time** is compared as the ratio to the frozen base, of the interleaved rounds of one process, which leaves the speed of the machine
+out. It fails where the rounds lie above `1 + time margin` times the baseline's (Mann and Whitney, one-sided at TIME_ALPHA).
+
+**Memory**, peak and kept for backward, fails where it is above `1 + memory margin` times the baseline's.
+
+What is missing, failed or was not measured fails, with its reason. benchmarks/gate_rates.py measures how often equal code fails and how
+often a drop of five points is seen.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from pydantic import Field
+from scipy.special import stdtrit
+from scipy.stats import mannwhitneyu, wilcoxon
 
-from peftkit.bench.cells import Results, read_json_file
-from peftkit.bench.statistics import accuracy, mean_over_seeds, t_quantile
-from peftkit.config import Config, ConfigError, Source, validate
+from peftkit.bench.baseline import Baseline, BaselineMethod, BaselineTiming
+from peftkit.bench.compare import final_records
+from peftkit.bench.records import Record, Results
+from peftkit.bench.statistics import Measure, measure
+from peftkit.config import ConfigError
 
-CONFIDENCE = 0.99
+ALPHA = 0.01
 PRIOR = 4  # degrees of freedom
 LEAST = 0.01  # standard deviation of a seed's accuracy that is taken for granted
-MARGIN = 0.02
+TIME_ALPHA = 0.2  # of steps that are slower by the margin itself: equal code is a whole margin away from it
+ROUNDS = 7  # fewer are no measurement
+ALL = "all methods"
+MARGIN, TIME_MARGIN, MEMORY_MARGIN = 0.02, 0.05, 0.10
 
 
-class BaselineMethod(Config):
-    """What is expected of a method."""
+@dataclass(frozen=True)
+class Margins:
+    """What is tolerated: points of accuracy (of a loss: its share), shares of step time and of memory."""
 
-    accuracy: float
-    """The number that counts; edit it to ask for more or less."""
-    low: float | None = None
-    high: float | None = None
-    """95% interval when it was accepted; for the reader."""
-    seed_accuracies: list[float] = []
-    """Only their spread is used."""
-    seeds: int | None = Field(None, gt=0)
-    """How many seeds the accuracy is a mean of, where seed_accuracies is not given; by default as many as are tested."""
-    examples: int | None = Field(None, gt=0)
-    """Test examples per seed; by default as many as are tested."""
-
-
-class Baseline(Config):
-    """A baseline file, as `peftkit bench accept` writes it."""
-
-    suite: str | None = None
-    metric: str | None = None
-    methods: dict[str, BaselineMethod] = Field(min_length=1)
+    accuracy: float = MARGIN
+    time: float = TIME_MARGIN
+    memory: float = MEMORY_MARGIN
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of one method; accuracies as fractions."""
+    """What the gate says of one method in one respect; None where a number is not there."""
 
     method: str
     passed: bool
-    accuracy: float | None
+    value: float | None
     baseline: float | None
-    least: float | None
-    """The lowest accuracy that passes."""
+    limit: float | None
+    """The lowest accuracy, or the highest step time or memory, that passes."""
     words: str
+    check: str = "accuracy"
+    """accuracy, step time, peak memory or saved bytes."""
+    task: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} on {self.task}" if self.task else self.method
+
+    def numbers(self) -> list[str]:
+        """Value, baseline and limit as a table shows them."""
+        return ["-" if value is None else self._text(value) for value in (self.value, self.baseline, self.limit)]
+
+    def _text(self, value: float) -> str:
+        if self.check == "step time":
+            return f"{value:.3f}"
+        if self.check in ("peak memory", "saved bytes"):
+            return f"{value / 2**20:,.1f} MiB"
+        return f"{value:.4f}" if measure(self.check).lower_is_better else f"{value:.1%}"
 
 
-def gate(results: Results, baseline: Baseline, margin: float = MARGIN) -> list[Verdict]:
-    """One verdict per method of the baseline, then one per method that only the results have (it passes).
+@dataclass(frozen=True)
+class _Drop:
+    """How far a method is below its baseline, and what it scatters by."""
 
-    Raises ConfigError where the two are of different suites or metrics.
+    mean: float
+    """Baseline minus value, turned so that above 0 is worse."""
+    variance: float
+    """Of that mean."""
+    df: float
+
+
+def gate(results: Results, baseline: Baseline, margin: float | Margins = MARGIN) -> list[Verdict]:
+    """All verdicts, accuracy first; a method that only the results have passes and is called new.
+
+    margin: of accuracy, or all of them. Raises ConfigError where the two are of different suites or metrics.
     """
     for what, ours, theirs in (("suite", results.suite, baseline.suite), ("metric", results.metric, baseline.metric)):
         if theirs is not None and ours != theirs:
             raise ConfigError(f"baseline: {what} is {theirs!r}, but the results are of {what} {ours!r}: they cannot be compared")
-    verdicts = [_verdict(method, expected, results, margin) for method, expected in baseline.methods.items()]
-    for method, records in results.methods.items():
-        if method not in baseline.methods:
-            done = [record.after[results.metric] for record in records if record.status == "done"]
-            verdicts.append(Verdict(method, True, float(np.mean(done)) if done else None, None, None, "new: the baseline does not have it"))
+    margins = margin if isinstance(margin, Margins) else Margins(margin)
+    verdicts = _accuracies(results, baseline, margins.accuracy)
+    elsewhere = "; another machine than the baseline's" if baseline.machine and baseline.machine != results.machine else ""
+    for method, expected in baseline.timing.items():
+        verdicts += _step(method, expected, results, margins, elsewhere)
+    for task, method, expected_ in baseline.entries():
+        verdicts += _memory(method, task, expected_, results, margins.memory, elsewhere)
     return verdicts
 
 
-def _verdict(method: str, expected: BaselineMethod, results: Results, margin: float) -> Verdict:
-    records = results.methods.get(method, [])
+# --- accuracy -----------------------------------------------------------------------------------------------------------------
+
+
+def _accuracies(results: Results, baseline: Baseline, margin: float) -> list[Verdict]:
+    final, of = final_records(results), measure(results.metric)
+    check = results.metric if of.lower_is_better else "accuracy"
+    entries = list(baseline.entries())
+    count = len(entries) + (len(entries) > 1)  # and all methods together
+    verdicts, drops = [], []
+    for task, method, expected in entries:
+        records = [record for record in final.get(method, []) if record.task == task]
+        verdict, drop = _accuracy(method, task, expected, records, results.metric, check, margin, count)
+        verdicts.append(verdict)
+        if drop:
+            drops.append(drop)
+    if len(entries) > 1 and len(drops) > 1:
+        verdicts.append(_together(drops, check, of, margin, count, np.mean([expected.accuracy for _, _, expected in entries]).item()))
+    known = {(task, method) for task, method, _ in entries}
+    for method, records in final.items():
+        for task in dict.fromkeys(record.task for record in records):
+            if (task, method) not in known:
+                values = [record.after[results.metric] for record in records if record.task == task and record.status == "done"]
+                mean = float(np.mean(values)) if values else None
+                verdicts.append(Verdict(method, True, mean, None, None, "new: the baseline does not have it", check, task))
+    return verdicts
+
+
+def _accuracy(
+    method: str, task: str, expected: BaselineMethod, records: list[Record], metric: str, check: str, margin: float, count: int
+) -> tuple[Verdict, _Drop | None]:  # fmt: skip
+    def verdict(passed: bool, words: str, value: float | None = None, limit: float | None = None) -> Verdict:
+        return Verdict(method, passed, value, expected.accuracy, limit, words, check, task)
+
     done = [record for record in records if record.status == "done"]
     failed = [record for record in records if record.status == "failed"]
     if not done:
-        words = "no results: the method was not run" if not failed else f"all {len(failed)} seeds failed ({_kinds(failed)})"
-        return Verdict(method, False, None, expected.accuracy, None, words)
-    values = np.array([record.after[results.metric] for record in done])
-    mean, examples = float(values.mean()), expected.examples or min(len(record.outcomes) for record in done) or None
-    allowed = margin + noise(values, expected, examples)
-    least = expected.accuracy - allowed
-    drop = f"{100 * (mean - expected.accuracy):+.1f} points; {-100 * allowed:.1f} are within margin and noise"
-    if mean < least:
-        return Verdict(method, False, mean, expected.accuracy, least, f"below the baseline: {drop}")
+        return verdict(False, f"all {len(failed)} seeds failed ({_kinds(failed)})" if failed else "no results: the method was not run"), None
+    if any(record.after.get(metric) is None for record in done):
+        return verdict(False, f"{metric} was not measured"), None
+    if expected.examples_hash and any(record.examples and record.examples != expected.examples_hash for record in done):
+        return verdict(False, "answered other test examples than the baseline: their accuracies cannot be compared; accept a new baseline"), None
+    values, of = np.array([record.after[metric] for record in done], dtype=float), measure(metric)
+    drop = _drop(values, expected, expected.examples or min(len(record.outcomes) for record in done) or None, of)
+    allowed = max(_allowed(margin, of, expected.accuracy), _noise(drop, count))
+    mean, worse = float(values.mean()), -1.0 if of.lower_is_better else 1.0
+    limit = expected.accuracy - worse * allowed
+    said = f"{of.number(mean - expected.accuracy)} {of.unit}; {of.number(-worse * allowed)} are within margin and noise"
+    if drop.mean > allowed:
+        return verdict(False, f"{'above' if of.lower_is_better else 'below'} the baseline: {said}", mean, limit), drop
     if failed:
-        words = f"{len(failed)} of {len(records)} seeds failed ({_kinds(failed)}); the others: {drop}"
-        return Verdict(method, False, mean, expected.accuracy, least, words)
-    return Verdict(method, True, mean, expected.accuracy, least, drop)
+        return verdict(False, f"{len(failed)} of {len(records)} seeds failed ({_kinds(failed)}); the others: {said}", mean, limit), drop
+    return verdict(True, said, mean, limit), drop
 
 
-def noise(values: np.ndarray, expected: BaselineMethod, examples: int | None) -> float:
-    """How far below the baseline the mean of `values` (seeds,) may fall by chance; the rule is in the module's docstring."""
+def _drop(values: np.ndarray, expected: BaselineMethod, examples: int | None, of: Measure) -> _Drop:
+    """Of the mean of `values` (seeds,); the rule of its variance is in the module's docstring. For a loss, s0 is 2% of it."""
     known = np.array(expected.seed_accuracies)  # (baseline seeds,)
     p = min(max((float(values.mean()) + expected.accuracy) / 2, 0.0), 1.0)
-    prior = max(p * (1 - p) / examples if examples else 0.0, LEAST**2)
+    chance = (0.02 * expected.accuracy) ** 2 if of.lower_is_better else max(p * (1 - p) / examples if examples else 0.0, LEAST**2)
     squares = sum(float(((side - side.mean()) ** 2).sum()) for side in (values, known) if side.size)
     df = PRIOR + values.size - 1 + max(known.size - 1, 0)
-    variance = (PRIOR * prior + squares) / df
+    variance = (PRIOR * chance + squares) / df
     seeds = known.size or expected.seeds or values.size
-    return t_quantile(CONFIDENCE, df) * (variance * (1 / values.size + 1 / seeds)) ** 0.5
+    worse = -1.0 if of.lower_is_better else 1.0
+    return _Drop(worse * (expected.accuracy - float(values.mean())), variance * (1 / values.size + 1 / seeds), df)
 
 
-def _kinds(failed: list) -> str:
-    return ", ".join(sorted({str(record.kind).replace("_", " ") for record in failed}))
+def _noise(drop: _Drop, count: int) -> float:
+    """How far below the baseline a mean may fall by chance where `count` verdicts are given."""
+    return float(stdtrit(drop.df, 1 - ALPHA / count)) * drop.variance**0.5
 
 
-# --- baselines ----------------------------------------------------------------------------------------------------------------
+def _together(drops: list[_Drop], check: str, of: Measure, margin: float, count: int, baseline: float) -> Verdict:
+    total = sum(drop.variance for drop in drops)
+    df = total**2 / sum(drop.variance**2 / drop.df for drop in drops)
+    pooled = _Drop(float(np.mean([drop.mean for drop in drops])), total / len(drops) ** 2, df)
+    allowed, worse = max(_allowed(margin, of, baseline), _noise(pooled, count)), -1.0 if of.lower_is_better else 1.0
+    said = f"{of.number(-worse * pooled.mean)} {of.unit} as the mean of {len(drops)}; {of.number(-worse * allowed)} are within margin and noise"
+    value, limit = baseline - worse * pooled.mean, baseline - worse * allowed
+    return Verdict(ALL, pooled.mean <= allowed, value, baseline, limit, said, check)
 
 
-def load_baseline(path: str | Path) -> Baseline:
-    """The baseline in a file of `bench accept`, in one written by hand, or in an earlier results.json. Raises ConfigError."""
-    path = Path(path)
-    data = read_json_file(path, "peftkit bench accept RESULTS --output FILE writes one")
-    source = Source(data, str(path))
-    if isinstance(data, dict) and "cells" in data:
-        return accept(validate(Results, source), partly=True)
-    return validate(Baseline, source)
+def _allowed(margin: float, of: Measure, baseline: float) -> float:
+    return margin * abs(baseline) if of.lower_is_better else margin
 
 
-def accept(results: Results, partly: bool = False) -> Baseline:
-    """The results as the baseline of later ones.
-
-    Raises ConfigError where a cell failed (unless `partly`: then of the seeds that are done) or no cell is done.
-    """
-    if results.failed and not partly:
-        names = ", ".join(f"{record.method} seed {record.seed}" for record in results.failed)
-        count = f"{len(results.failed)} of {len(results.cells)} cells failed"
-        raise ConfigError(f"suite {results.suite}: {count} ({names}): run them again before their results become a baseline")
-    methods = {}
-    for method, records in results.methods.items():
-        done = [record for record in records if record.status == "done"]
-        if done:
-            methods[method] = _accepted([record.after[results.metric] for record in done], [record.outcomes for record in done])
-    if not methods:
-        raise ConfigError(f"suite {results.suite}: no cell is done, so there is nothing to accept")
-    return Baseline(suite=results.suite, metric=results.metric, methods=methods)
+# --- step time and memory -----------------------------------------------------------------------------------------------------
 
 
-def _accepted(values: list[float], outcomes: list[list[int]]) -> BaselineMethod:
-    counts = {len(each) for each in outcomes}
-    whole = len(counts) == 1 and 0 not in counts
-    interval = accuracy(outcomes) if whole else mean_over_seeds(values)
-    examples = counts.pop() if whole else None
-    mean = float(np.mean(values))
-    return BaselineMethod(accuracy=mean, low=interval.low, high=interval.high, seed_accuracies=values, seeds=len(values), examples=examples)
+def _step(method: str, expected: BaselineTiming, results: Results, margins: Margins, elsewhere: str) -> list[Verdict]:
+    def verdict(passed: bool, words: str, value: float | None = None) -> Verdict:
+        return Verdict(method, passed, value, expected.over_base, expected.over_base * (1 + margins.time), words, "step time")
+
+    records = [record for record in results.cells if record.stage == "timing" and record.method == method]
+    done = [record for record in records if record.status == "done" and record.timing.get("rounds")]
+    if not done:
+        return [verdict(False, f"its timing cell failed ({_kinds(records)})" if any(r.status == "failed" for r in records) else "no step times were measured")]
+    timing = done[-1].timing
+    rounds = np.array(timing["rounds"], dtype=float)
+    median = float(np.median(rounds))
+    if len(rounds) < ROUNDS or 0 < len(expected.rounds) < ROUNDS:
+        few = f"{len(rounds)} rounds, {len(expected.rounds)} of the baseline: at least {ROUNDS} are needed to judge"
+        return [verdict(False, few, median)]
+    said = f"{median / expected.over_base - 1:+.1%} over the baseline's ratio to the frozen base{elsewhere}"
+    found = [verdict(not slower(rounds, expected, margins.time), said, median)]
+    if expected.saved_bytes is not None:
+        found.append(_bytes(method, "", "saved bytes", timing.get("saved_bytes"), expected.saved_bytes, margins.memory, elsewhere))
+    return found
 
 
-def baseline_json(baseline: Baseline) -> str:
-    """The text of a baseline file: one line per method."""
-    head = "".join(f'  "{key}": {json.dumps(value)},\n' for key in ("suite", "metric") if (value := getattr(baseline, key)) is not None)
-    lines = [f"    {json.dumps(name)}: {_line(method)}" for name, method in baseline.methods.items()]
-    return "{\n" + head + '  "methods": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+def slower(rounds: np.ndarray, expected: BaselineTiming, margin: float = TIME_MARGIN) -> bool:
+    """Whether step time ratios lie above the baseline's by more than the margin, one-sided at TIME_ALPHA."""
+    if expected.rounds:
+        return bool(mannwhitneyu(rounds, np.array(expected.rounds) * (1 + margin), alternative="greater").pvalue < TIME_ALPHA)
+    over = rounds - expected.over_base * (1 + margin)
+    return bool(over.any() and wilcoxon(over, alternative="greater").pvalue < TIME_ALPHA)
 
 
-def _line(method: BaselineMethod) -> str:
-    found = {}
-    for key, value in method.model_dump(exclude_none=True).items():
-        found[key] = [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6)
-    return json.dumps(found)
+def _memory(method: str, task: str, expected: BaselineMethod, results: Results, margin: float, elsewhere: str) -> list[Verdict]:
+    if expected.peak_memory_bytes is None:
+        return []
+    done = [record for record in final_records(results).get(method, []) if record.task == task and record.status == "done"]
+    peaks = [record.train.get("peak_memory_bytes") for record in done]
+    known = [peak for peak in peaks if peak]
+    mean = float(np.mean(known)) if known and len(known) == len(peaks) else None
+    return [_bytes(method, task, "peak memory", mean, expected.peak_memory_bytes, margin, elsewhere)]
+
+
+def _bytes(method: str, task: str, check: str, value: float | None, baseline: float, margin: float, elsewhere: str) -> Verdict:
+    limit = baseline * (1 + margin)
+    if value is None:
+        return Verdict(method, False, None, baseline, limit, "was not measured", check, task)
+    return Verdict(method, value <= limit, value, baseline, limit, f"{value / baseline - 1:+.1%} over the baseline{elsewhere}", check, task)
+
+
+def _kinds(records: list[Record]) -> str:
+    return ", ".join(sorted({str(record.kind).replace("_", " ") for record in records if record.status == "failed"}))

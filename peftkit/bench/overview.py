@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peftkit.bench.cells import Record, Results
+from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Difference, Interval, accuracy, difference, mean_over_seeds
 
 SHARES = ("exact_match", "choice_accuracy")  # metrics that are a share of examples, 0 to 1

@@ -17,10 +17,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from peftkit.bench.cells import Record, Results
 from peftkit.bench.charts import Chart, Figure, figures, rate_of, style_of, with_interval
 from peftkit.bench.overview import comparisons, comparisons_by_task, done, in_one_sentence, percent_or_number, score, tasks
 from peftkit.bench.palette import DARK, GREY, LIGHT, MUTED, PAGE, TEXT
+from peftkit.bench.records import Record, Results
 from peftkit.bench.report import Row, columns_and_rows, notes, table
 from peftkit.bench.statistics import mean_over_seeds
 from peftkit.bench.svg import legend, marker, render

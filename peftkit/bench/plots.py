@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftkit.bench.cells import Results
 from peftkit.bench.charts import Axis, Chart, Figure, figures
 from peftkit.bench.palette import GREY, LIGHT
+from peftkit.bench.records import Results
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "*", "d")
 COLUMNS = 3

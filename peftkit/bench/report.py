@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftkit.bench.cells import Record, Results
 from peftkit.bench.overview import comparisons, comparisons_by_task, in_one_sentence, percent_or_number, score, tasks
+from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Difference, Interval, mean_over_seeds
 
 COLUMNS = (

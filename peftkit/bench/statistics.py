@@ -1,4 +1,4 @@
-"""What a handful of seeds and a few hundred test examples allow to say: means, intervals, differences.
+"""What a handful of seeds and a few hundred test examples allow to say: means, intervals, differences, p values.
 
 Outcomes are 0 or 1 per seed and test example, in a matrix y of shape (seeds, examples). Two things are drawn at random, the
 training run and the test example, and every seed answers the same examples. The variance of the grand mean m has two parts:
@@ -17,8 +17,12 @@ About the Bootstrap"), t being the quantiles of the two levels weighted by their
 
     t = (V_seed t(PRIOR + seeds - 1) + V_example t(examples - 1)) / (V_seed + V_example)
 
-Measured on simulated answers of 3 seeds and 200 examples (logistic, with seed and example effects), the 95% interval covers the truth
-in 99% of cases where seeds do not scatter, 95% where they scatter by 4 points, 88% where they scatter by 8; more seeds close that gap.
+Over several tasks, m is the mean of the tasks' means, whatever their sizes; runs and examples of different tasks are independent, so
+variances add, and each level has the degrees of freedom of Welch and Satterthwaite. The p value of a difference is the smallest
+1 - confidence whose interval leaves out 0: it never contradicts the interval.
+
+Measured by benchmarks/coverage.py (benchmarks/results/coverage.json) on simulated answers of 3 seeds and 200 examples (logistic, with
+seed and example effects): the 95% interval covers the truth in COVERAGE.
 """
 
 from __future__ import annotations
@@ -28,12 +32,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri, stdtr, stdtrit
 
-REPLICATES = 2000
+REPLICATES = 10_000
 SEED = 0  # of the bootstrap: the same results file always gives the same report
 CONFIDENCE = 0.95
 PRIOR = 2  # degrees of freedom that the noise of independent answers counts for in the variance of seeds
-NORMAL = 1e6  # degrees of freedom from which on Student's t is taken for normal
+
+Values = Mapping[int, Sequence[int] | Sequence[float]]
+"""Seed -> outcomes, on the same examples in the same order."""
 
 
 @dataclass(frozen=True)
@@ -46,40 +53,90 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """How a metric is said."""
+
+    name: str
+    scale: float = 100.0
+    unit: str = "points"
+    digits: int = 1
+    lower_is_better: bool = False
+
+    def number(self, value: float, sign: bool = True) -> str:
+        return f"{self.scale * value:{'+' if sign else ''}.{self.digits}f}"
+
+
+POINTS = Measure("accuracy")
+
+
+def measure(metric: str) -> Measure:
+    """Losses and perplexities are better when lower and are said as they are; everything else is a share, said in points."""
+    if metric.endswith("loss") or metric.endswith("perplexity"):
+        return Measure(metric, scale=1.0, unit=f"of {metric}", digits=4, lower_is_better=True)
+    return Measure(metric)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the mean of one task scatters by, as variances: what `peftkit.bench.power` plans with."""
+
+    of_seed: float
+    """Of the mean of one seed over these very examples; moderated, and the noise of its answers is in it."""
+    of_answer: float
+    """Of one answer, beside what its seed and its example explain."""
+    of_example: float
+    """Of what an example adds in every seed."""
+    seeds: int
+    examples: int | None
+    """None for a scalar metric, of which only the seeds are known."""
+
+
+@dataclass(frozen=True)
 class Difference:
-    """Accuracy of one method minus that of another, paired, as a fraction."""
+    """A metric of one method minus that of another, paired, over one task or as the mean of several."""
 
     mean: float
     low: float
     high: float
     seeds: int
+    """Pairs of runs, of the task that has the fewest."""
+    p: float = 1.0
+    """Two-sided, of this difference by itself."""
+    measure: Measure = POINTS
+    spreads: tuple[Spread, ...] = ()
+    """One per task."""
 
     @property
     def told_apart(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0; one run of each never tells methods apart."""
+        return self.seeds > 1 and (self.low > 0 or self.high < 0)
 
-    def words(self, name: str, other: str) -> str:
-        """The difference as a sentence, in points (hundredths)."""
-        seeds = "one seed, so of these two runs only" if self.seeds == 1 else f"{self.seeds} seeds"
-        span = f"95% interval {100 * self.low:+.1f} to {100 * self.high:+.1f}; {seeds}"
-        if not self.told_apart:
-            return f"{name} and {other} cannot be told apart: {100 * self.mean:+.1f} points ({span})"
-        return f"{name} is {abs(100 * self.mean):.1f} points {'better' if self.mean > 0 else 'worse'} than {other} ({span})"
+    @property
+    def better(self) -> bool:
+        return (self.mean < 0) == self.measure.lower_is_better and self.mean != 0
+
+    def words(self, name: str, other: str, adjusted_p: float | None = None, comparisons: int = 1) -> str:
+        """The difference as a sentence; with `adjusted_p`, of one comparison among several."""
+        m = self.measure
+        mean = f"{m.number(self.mean)} {m.unit}"
+        if self.seeds == 1:
+            span = "" if np.isinf(self.low) else f"; 95% interval {m.number(self.low)} to {m.number(self.high)} for these two runs only"
+            return f"{name} and {other} cannot be told apart by one seed: {mean} (how far seeds scatter is not known{span})"
+        span = f"95% interval {m.number(self.low)} to {m.number(self.high)}"
+        if adjusted_p is not None and comparisons > 1:
+            span += f"; p {_p(self.p)}, {_p(adjusted_p)} as one of {comparisons} comparisons"
+        span += f"; {self.seeds} seeds"
+        apart = self.told_apart if adjusted_p is None else adjusted_p < 1 - CONFIDENCE
+        if not apart:
+            return f"{name} and {other} cannot be told apart: {mean} ({span})"
+        return f"{name} is {m.number(abs(self.mean), sign=False)} {m.unit} {'better' if self.better else 'worse'} than {other} ({span})"
 
 
-def t_quantile(probability: float, df: float) -> float:
-    """Quantile of Student's t, df >= 1 (not only whole numbers), to about six digits.
+def _p(value: float) -> str:
+    return "below 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
-    With x = sqrt(df) tan(u) the density is proportional to cos(u)^(df - 1) on (-pi/2, pi/2), which is summed numerically.
-    """
-    df = min(max(df, 1.0), NORMAL)
-    edge = min(np.pi / 2, 40 / np.sqrt(df))  # beyond it nothing is left, for many degrees of freedom
-    u = np.linspace(0.0, edge, 20_001)
-    density = np.cos(u) ** (df - 1)
-    area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    side = np.interp(abs(2 * probability - 1), area / area[-1], u)
-    return float(np.sign(probability - 0.5) * np.sqrt(df) * np.tan(side))
+
+# --- one method ---------------------------------------------------------------------------------------------------------------
 
 
 def mean_over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -87,12 +144,20 @@ def mean_over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
     Raises ValueError for no values.
     """
-    if not len(values):
+    return mean_over_tasks([values], confidence)
+
+
+def mean_over_tasks(values: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> Interval:
+    """Mean over tasks of the means over seeds of a scalar, (tasks, seeds); no interval where a task has a single seed.
+
+    Raises ValueError for a task without values.
+    """
+    if not values or not all(len(task) for task in values):
         raise ValueError("no values to take a mean of")
-    mean, n = float(np.mean(values)), len(values)
-    if n == 1:
+    mean, variance, df = _scalar([np.asarray(task, dtype=float) for task in values])
+    if not np.isfinite(variance):
         return Interval(mean)
-    half = t_quantile((1 + confidence) / 2, n - 1) * float(np.std(values, ddof=1)) / n**0.5
+    half = float(stdtrit(df, (1 + confidence) / 2)) * variance**0.5
     return Interval(mean, mean - half, mean + half)
 
 
@@ -103,41 +168,153 @@ def accuracy(outcomes: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     answers of 200 give about 0.985 to 1, not certainty. With one seed the interval is about this very run.
     Raises ValueError where outcomes is no matrix or empty.
     """
-    mean, low, high = _two_level(outcomes, confidence, extra=(0.0, 1.0))
-    return Interval(mean, max(low, 0.0), min(high, 1.0))
+    return pooled_accuracy([outcomes], confidence)
 
 
-def difference(a: Mapping[int, Sequence[int]], b: Mapping[int, Sequence[int]], confidence: float = CONFIDENCE) -> Difference:
+def pooled_accuracy(tasks: Sequence[ArrayLike], confidence: float = CONFIDENCE) -> Interval:
+    """Mean over tasks of the accuracy of each; the rest as `accuracy`."""
+    levels = _Levels([_matrix(outcomes) for outcomes in tasks], extra=(0.0, 1.0))
+    low, high = levels.interval(confidence)
+    return Interval(levels.mean, max(low, 0.0), min(high, 1.0))
+
+
+# --- two methods --------------------------------------------------------------------------------------------------------------
+
+
+def difference(a: Values, b: Values, confidence: float = CONFIDENCE) -> Difference:
     """Accuracy of `a` minus accuracy of `b`, each seed -> outcomes on the same examples in the same order.
 
     Paired: the two-level interval of the matrix a - b over the seeds that both have. Where they share none, runs are paired in
     the order of their seeds: those pairs are independent, so the interval holds, only wider. Raises ValueError for other examples.
     """
-    shared = sorted(set(a) & set(b))
-    pairs = [(a[s], b[s]) for s in shared] or [(a[s], b[t]) for s, t in zip(sorted(a), sorted(b), strict=False)]
-    if len({len(outcomes) for pair in pairs for outcomes in pair}) != 1:
-        raise ValueError("outcomes of different numbers of examples cannot be paired")
-    matrix = np.array([np.subtract(x, y) for x, y in pairs], dtype=float)  # (seeds, examples)
-    return Difference(*_two_level(matrix, confidence), seeds=len(pairs))
+    return pooled_difference([(a, b)], confidence)
 
 
-def _two_level(values: ArrayLike, confidence: float, extra: tuple[float, ...] = ()) -> tuple[float, float, float]:
-    """(mean, low, high) of a matrix (seeds, examples); `extra` values are added to the examples that are drawn."""
-    y: NDArray[np.float64] = np.asarray(values, dtype=float)
+def pooled_difference(tasks: Sequence[tuple[Values, Values]], confidence: float = CONFIDENCE) -> Difference:
+    """Mean over tasks of `difference`, every task counting the same. Raises ValueError for other examples within a task."""
+    matrices = []
+    for a, b in tasks:
+        pairs = [(a[s], b[t]) for s, t in paired_seeds(a, b)]
+        if len({len(outcomes) for pair in pairs for outcomes in pair}) != 1:
+            raise ValueError("outcomes of different numbers of examples cannot be paired")
+        matrices.append(_matrix([np.subtract(x, y) for x, y in pairs]))
+    levels = _Levels(matrices)
+    low, high = levels.interval(confidence)
+    return Difference(levels.mean, low, high, min(len(y) for y in matrices), levels.p_value(), spreads=tuple(_spread(y) for y in matrices))
+
+
+def scalar_difference(
+    tasks: Sequence[tuple[Mapping[int, float], Mapping[int, float]]], of: Measure, confidence: float = CONFIDENCE
+) -> Difference:  # fmt: skip
+    """Of a metric that has one value per run, as a loss: the t-interval of the differences paired by seed, mean over tasks.
+
+    Without limits (and p 1) where a task has a single pair. Raises ValueError for a task without a pair.
+    """
+    values = [np.array([a[s] - b[t] for s, t in paired_seeds(a, b)], dtype=float) for a, b in tasks]  # per task (pairs,)
+    if not values or not all(task.size for task in values):
+        raise ValueError("no pairs of runs to compare")
+    seeds = min(task.size for task in values)
+    mean, variance, df = _scalar(values)
+    if not np.isfinite(variance):
+        return Difference(mean, -np.inf, np.inf, seeds, measure=of)
+    half = float(stdtrit(df, (1 + confidence) / 2)) * variance**0.5
+    p = float(2 * stdtr(df, -abs(mean) / variance**0.5)) if variance else float(mean == 0)
+    spreads = tuple(Spread(float(task.var(ddof=1)), 0.0, 0.0, task.size, None) for task in values)
+    return Difference(mean, mean - half, mean + half, seeds, p, of, spreads)
+
+
+def paired_seeds(a: Mapping[int, object], b: Mapping[int, object]) -> list[tuple[int, int]]:
+    """The seeds that both have, else those of each in their order."""
+    return [(s, s) for s in sorted(set(a) & set(b))] or list(zip(sorted(a), sorted(b), strict=False))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p values corrected for there being several of them (Holm 1979): below 0.05 falsely in one report of twenty at most."""
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = max(highest, min((len(p) - rank) * p[i], 1.0))
+        adjusted[i] = highest
+    return adjusted
+
+
+# --- the two levels -----------------------------------------------------------------------------------------------------------
+
+
+class _Levels:
+    """The two-level bootstrap of the mean of one matrix (seeds, examples) per task; `extra` values join the examples that are drawn."""
+
+    def __init__(self, tasks: Sequence[NDArray[np.float64]], extra: tuple[float, ...] = ()):
+        rng, n = np.random.default_rng(SEED), len(tasks)
+        self.mean = float(np.mean([y.mean() for y in tasks]))
+        of_seeds, of_examples = [], []  # (variance, degrees of freedom) of each task
+        draws = np.zeros(REPLICATES)
+        for y in tasks:
+            seeds, examples = y.shape
+            deviations = np.concatenate([y.mean(0), extra]) - y.mean()  # (examples + extra,)
+            of_examples.append((deviations.var(ddof=1) / examples if examples > 1 else 0.0, max(examples - 1, 1)))
+            of_seeds.append((moderated(y) / seeds if seeds > 1 else 0.0, PRIOR + seeds - 1))
+            values, counts = np.unique(deviations.round(9), return_counts=True)  # few, as outcomes are 0 or 1: drawn at once
+            draws += rng.multinomial(examples, counts / counts.sum(), REPLICATES) @ values / examples
+        v_seed, df_seed = _satterthwaite(of_seeds)
+        v_example, df_example = _satterthwaite(of_examples)
+        self.variances, self.df = np.array([v_seed, v_example]) / n**2, np.array([df_seed, df_example])
+        self.draws = np.sort(draws / n + self.variances[0] ** 0.5 * rng.standard_normal(REPLICATES))  # less the mean
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        alpha = 1 - confidence
+        low, high = np.quantile(self.draws, [alpha / 2, 1 - alpha / 2]) * self._stretch(alpha)
+        return float(self.mean + low), float(self.mean + high)
+
+    def p_value(self) -> float:
+        """The smallest 1 - confidence whose interval leaves out 0, by bisection; no smaller than the replicates can tell."""
+        within, outside = 1, REPLICATES  # of alpha in parts of REPLICATES: the intervals are nested
+        while outside - within > 1:
+            alpha = (within + outside) // 2
+            low, high = self.interval(1 - alpha / REPLICATES)
+            within, outside = (within, alpha) if low > 0 or high < 0 else (alpha, outside)
+        return outside / REPLICATES
+
+    def _stretch(self, alpha: float) -> float:
+        """t / z of a confidence of 1 - alpha."""
+        if not self.variances.sum():
+            return 1.0
+        quantiles = stdtrit(self.df, 1 - alpha / 2)  # Student's t of the two levels
+        return float(quantiles @ self.variances / self.variances.sum() / ndtri(1 - alpha / 2))
+
+
+def moderated(y: NDArray[np.float64]) -> float:
+    """Variance of the mean of one seed, of several (seeds, examples); the rule is in the module's docstring."""
+    seeds, examples = y.shape
+    return float((PRIOR * y.var() / examples + (seeds - 1) * y.mean(1).var(ddof=1)) / (PRIOR + seeds - 1))
+
+
+def _spread(y: NDArray[np.float64]) -> Spread:
+    """Variances by the crossed analysis of variance; with one seed, all that examples scatter counts as theirs."""
+    seeds, examples = y.shape
+    if seeds == 1 or examples == 1:
+        return Spread(0.0, 0.0, float(y.var()), seeds, examples)
+    rest = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
+    of_answer = float((rest**2).sum() / (seeds - 1) / (examples - 1))
+    return Spread(moderated(y), of_answer, max(float(y.mean(0).var(ddof=1)) - of_answer / seeds, 0.0), seeds, examples)
+
+
+def _scalar(tasks: Sequence[NDArray[np.float64]]) -> tuple[float, float, float]:
+    """Mean over tasks of values (seeds,), its variance and degrees of freedom; the variance is infinite where a task has one value."""
+    mean = float(np.mean([task.mean() for task in tasks]))
+    if any(task.size == 1 for task in tasks):
+        return mean, np.inf, 1.0
+    variance, df = _satterthwaite([(float(task.var(ddof=1)) / task.size, task.size - 1) for task in tasks])
+    return mean, variance / len(tasks) ** 2, df
+
+
+def _satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Sum of variances known with given degrees of freedom, and the degrees of freedom of the sum."""
+    total = sum(variance for variance, _ in parts)
+    return total, total**2 / sum(variance**2 / df for variance, df in parts) if total else min(df for _, df in parts)
+
+
+def _matrix(outcomes: ArrayLike) -> NDArray[np.float64]:
+    y: NDArray[np.float64] = np.asarray(outcomes, dtype=float)
     if y.ndim != 2 or y.size == 0:
         raise ValueError(f"outcomes must be a matrix (seeds, examples), not of shape {y.shape}")
-    seeds, examples = y.shape
-    mean = y.mean()
-    deviations = np.concatenate([y.mean(0), extra]) - mean  # (examples + extra,)
-    v_example = deviations.var(ddof=1) / examples if examples > 1 else 0.0
-    v_seed = 0.0
-    if seeds > 1:
-        pooled = PRIOR * y.var() / examples + (seeds - 1) * y.mean(1).var(ddof=1)
-        v_seed = pooled / (PRIOR + seeds - 1) / seeds
-    rng = np.random.default_rng(SEED)
-    draws = mean + v_seed**0.5 * rng.standard_normal(REPLICATES) + rng.choice(deviations, (REPLICATES, examples)).mean(1)
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    of_seed, of_example, z = (t_quantile((1 + confidence) / 2, df) for df in (PRIOR + seeds - 1, examples - 1, NORMAL))
-    total = v_seed + v_example
-    stretch = (v_seed * of_seed + v_example * of_example) / (total * z) if total else 1.0
-    return float(mean), float(mean - (mean - low) * stretch), float(mean + (high - mean) * stretch)
+    return y

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from peftkit.bench.launch import Launcher
+    from peftkit.bench.suite import Suite
 
 bench = typer.Typer(help="Suites of methods and seeds; side-by-side report; gate on a baseline.", no_args_is_help=True)
 
@@ -15,38 +20,117 @@ Folder = Annotated[str, typer.Option(help="Where suites keep their cells.")]
 
 @bench.command()
 def run(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A suite (YAML).")],
+    suite: Annotated[str | None, typer.Argument(metavar="[SUITE]", help="A suite (YAML), or the name of one in benchmarks/suites.")] = None,
     output: Annotated[str | None, typer.Option(help="Write the results to this file too.")] = None,
     folder: Folder = FOLDER,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells that run at the same time.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells that run at the same time; on GPUs each has one of its own.")] = 1,
     only: Annotated[str | None, typer.Option(help="Run these methods only: lora,dora")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Instead of a suite: your own recipe, with --methods in the place of its own.")] = None,
+    methods: Annotated[str | None, typer.Option(help="With --recipe: lora,dora,qlora,loraplus,lora+neftune,full,...; the first is the reference.")] = None,
+    budget: Annotated[str | None, typer.Option(help="With --recipe: time for all, such as 2h; learning rates and seeds are chosen to fit.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --recipe: seeds of each method.")] = None,
+    learning_rates: Annotated[str | None, typer.Option(help="With --recipe: 1e-4,3e-4,1e-3; of several, each method's best is chosen first.")] = None,
+    launcher: Annotated[str, typer.Option(help="local, or submitit for a cluster.")] = "local",
+    launcher_option: Annotated[list[str] | None, typer.Option(help="With submitit, as often as needed: slurm_partition=gpu, timeout_min=240, ...")] = None,
 ) -> None:
-    """Run every cell of a suite that is not done yet; exit 1 when any failed."""
+    """Run every cell of a suite that is not done yet; exit 1 when any failed or the time was over."""
     import signal
-    from pathlib import Path
 
     from peftkit.bench.cells import load_results, run_suite, write_results
     from peftkit.bench.report import terminal
-    from peftkit.bench.suite import load_suite
+    from peftkit.bench.suite import find_suite, load_suite
     from peftkit.cli.common import stderr, stdout
+    from peftkit.config import ConfigError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped CI job must not leave its cells running
-    loaded = load_suite(suite)
-    names = [name.strip() for name in only.split(",")] if only else None
+    given = {"--methods": methods, "--budget": budget, "--seeds": seeds, "--learning-rates": learning_rates}
+    if (suite is None) == (recipe is None):
+        raise ConfigError("give a suite, or --recipe with --methods" + (", not both" if suite else ""))
+    if suite is not None and (odd := [name for name, value in given.items() if value is not None]):
+        raise ConfigError(f"{', '.join(odd)}: for --recipe; a suite says these itself")
+    names = _names(only) or None
+    started = _launcher(launcher, launcher_option or [], Path(folder))
     try:
-        records = run_suite(loaded, folder, jobs, names, stderr())
+        if suite is not None:
+            loaded, seconds = load_suite(find_suite(suite)), None
+        else:
+            loaded, seconds = _own(recipe_file(recipe), _names(methods), budget, seeds, learning_rates, Path(folder), jobs, started)
+        records = run_suite(loaded, folder, jobs, names, stderr(), launcher=started, seconds=seconds)
     except KeyboardInterrupt:
-        typer.echo("stopped; finished cells are kept, and the same command goes on with the others", err=True)
+        typer.echo("stopped; finished cells are kept, begun ones too, and the same command goes on with them", err=True)
         raise typer.Exit(130) from None
     results = load_results(Path(folder) / loaded.name)
     if output:
         write_results(Path(output), results)
     terminal(results, stdout())
-    failed = [record for record in records if record.status == "failed"]
-    for record in failed:
+    for found in results.search:
+        typer.echo(found.words(), err=True)
+    for record in results.failed:
         typer.secho(f"{record.failure()}, log: {record.log}", fg="red", err=True)
-    if failed:
+    if results.unfinished:
+        typer.secho(f"{results.unfinished} cells are not done: the time was over", fg="red", err=True)
+    if results.failed or results.unfinished or not records:
         raise typer.Exit(1)
+
+
+def recipe_file(recipe: str | None) -> str:
+    """The file of --recipe."""
+    from peftkit.cli.common import recipe_path
+
+    assert recipe is not None
+    return recipe_path(recipe)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+
+
+def _launcher(name: str, options: list[str], folder: Path) -> Launcher | None:
+    """The launcher of --launcher; None is this machine. Raises ConfigError."""
+    from peftkit.bench.launch import Submitit
+    from peftkit.config import ConfigError, apply_overrides, parse_yaml, suggest
+
+    if name not in ("local", "submitit"):
+        raise ConfigError(f"--launcher {name}: unknown{suggest(name, ('local', 'submitit'))} (there are: local, submitit)")
+    if name == "local":
+        if options:
+            raise ConfigError("--launcher-option: for --launcher submitit")
+        return None
+    given = apply_overrides(parse_yaml("cluster: null"), options).data
+    return Submitit(folder.absolute() / "submitit", {key: value for key, value in given.items() if key != "cluster"}, given["cluster"])
+
+
+def _own(
+    recipe: str, methods: list[str], budget: str | None, seeds: int | None, rates: str | None, folder: Path, jobs: int, launcher: Launcher | None
+) -> tuple[Suite, float | None]:
+    """The suite of the user's own recipe, and the seconds left for it."""
+    from peftkit.bench.cells import run_suite
+    from peftkit.bench.own import SEEDS, checked, own_suite, plan, searching, seconds_of
+    from peftkit.cli.common import stderr
+    from peftkit.config import ConfigError
+
+    if not methods:
+        raise ConfigError("--recipe needs --methods: lora,dora,qlora,loraplus, say")
+    try:
+        grid = [float(rate) for rate in _names(rates)] or None
+    except ValueError:
+        raise ConfigError(f"--learning-rates {rates}: write numbers, as in 1e-4,3e-4,1e-3") from None
+    if budget is None:
+        return checked(own_suite(recipe, methods, seeds or SEEDS, grid, False), folder / own_suite(recipe, methods, 1, None, False).name), None
+    allowed, console = seconds_of(budget), stderr()
+    first = own_suite(recipe, methods[:1], 1, grid[:1] if grid else None, False)
+    first = checked(first.model_copy(update={"timing": False}), folder / first.name)
+    console.print("the first run tells how much fits", highlight=False)
+    records = run_suite(first, folder, 1, None, console, launcher=launcher, seconds=allowed)
+    if not records:
+        raise ConfigError(f"--budget {budget}: not even one run ended in that time; what is done is kept, and the same command with more goes on")
+    record = records[0]
+    if record.status == "failed":
+        raise ConfigError(f"{record.failure()}, log: {record.log}\n{record.traceback or ''}".rstrip())
+    planned = plan(record, len(methods), allowed, jobs, seeds, len(grid) if grid else None)
+    console.print(planned.words(allowed), highlight=False)
+    suite = own_suite(recipe, methods, planned.seeds, grid, planned.rates > 1)
+    return checked(searching(suite, planned.rungs), folder / suite.name), max(allowed - record.wall_seconds, 1.0)
 
 
 @bench.command()
@@ -133,15 +217,22 @@ def advise(
 def gate(
     baseline: Annotated[str, typer.Option(metavar="FILE", help="Made by `bench accept`, or an earlier results.json.")],
     results: Annotated[str | None, typer.Argument(metavar="[RESULTS]", help="By default those of the suite in --folder.")] = None,
-    margin: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop that is tolerated beside noise, as a fraction.")] = 0.02,
+    margin: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop of accuracy that is tolerated, as a fraction.")] = 0.02,
+    time_margin: Annotated[float, typer.Option(min=0.0, help="Rise of the step time over the frozen base that is tolerated, as a fraction.")] = 0.05,
+    memory_margin: Annotated[float, typer.Option(min=0.0, help="Rise of memory that is tolerated, as a fraction.")] = 0.10,
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML.")] = None,
+    summary: Annotated[str | None, typer.Option(metavar="FILE", envvar="GITHUB_STEP_SUMMARY", help="Add the verdicts to this file as Markdown.")] = None,
     folder: Folder = FOLDER,
 ) -> None:
-    """Exit 1 when a method's accuracy is below its baseline by more than margin and noise."""
+    """Exit 1 when accuracy, step time or memory of a method are worse than its baseline by more than margin and noise."""
+    import os
     from pathlib import Path
 
+    from peftkit.bench import ci
+    from peftkit.bench.baseline import load_baseline
     from peftkit.bench.cells import load_results
+    from peftkit.bench.gate import Margins
     from peftkit.bench.gate import gate as judge
-    from peftkit.bench.gate import load_baseline
     from peftkit.cli.common import stdout
     from peftkit.config import ConfigError
     from peftkit.console import table
@@ -149,12 +240,18 @@ def gate(
     expected = load_baseline(baseline)
     if results is None and expected.suite is None:
         raise ConfigError(f"{baseline}: names no suite, so name the results too: peftkit bench gate RESULTS --baseline {baseline}")
-    verdicts = judge(load_results(results or Path(folder) / str(expected.suite)), expected, margin)
-    rows = []
-    for v in verdicts:
-        numbers = ["-" if value is None else f"{value:.1%}" for value in (v.accuracy, v.baseline, v.least)]
-        rows.append([v.method, *numbers, "pass" if v.passed else "FAIL", v.words])
-    stdout().print(table("gate", ["method", "accuracy", "baseline", "lowest that passes", "verdict", "why"], rows))
+    loaded = load_results(results or Path(folder) / str(expected.suite))
+    verdicts = judge(loaded, expected, Margins(margin, time_margin, memory_margin))
+    stdout().print(table("gate", list(ci.COLUMNS), ci.rows(verdicts)))
+    typer.echo(ci.headline(loaded.suite, verdicts))
+    if junit:
+        Path(junit).parent.mkdir(parents=True, exist_ok=True)
+        Path(junit).write_text(ci.junit(loaded.suite, verdicts))
+    if summary:
+        ci.append(Path(summary), ci.summary(loaded.suite, verdicts))
+    if os.environ.get("GITHUB_ACTIONS"):
+        for line in ci.github_annotations(loaded.suite, verdicts):
+            typer.echo(line)
     if not all(verdict.passed for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -167,9 +264,9 @@ def accept(
     """Make results the baseline of later ones."""
     from pathlib import Path
 
+    from peftkit.bench.baseline import accept as accepted
+    from peftkit.bench.baseline import baseline_json
     from peftkit.bench.cells import load_results
-    from peftkit.bench.gate import accept as accepted
-    from peftkit.bench.gate import baseline_json
 
     text = baseline_json(accepted(load_results(results)))
     Path(output).parent.mkdir(parents=True, exist_ok=True)

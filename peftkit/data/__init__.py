@@ -14,6 +14,7 @@ from peftkit.data.isolate import check_isolation
 from peftkit.data.load import load_examples
 from peftkit.data.order import DataOrder
 from peftkit.data.pack import collate, make_rows, pack
+from peftkit.data.pairs import collate_pairs
 from peftkit.data.read import BadRow, HubError, local_file
 from peftkit.data.render import render
 from peftkit.data.report import DataReport, bad_lines
@@ -34,6 +35,7 @@ __all__ = [
     "bad_lines",
     "check_isolation",
     "collate",
+    "collate_pairs",
     "colour_row",
     "load_choices",
     "load_examples",

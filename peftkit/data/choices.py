@@ -10,6 +10,7 @@ from peftkit.data.config import DataConfig
 from peftkit.data.examples import Example
 from peftkit.data.formats import FORMATS, find_format, normalise
 from peftkit.data.load import Source
+from peftkit.data.pairs import PairRenderer
 from peftkit.data.read import BadRow, Record
 from peftkit.data.render import Renderer
 
@@ -27,7 +28,9 @@ class Question(NamedTuple):
     correct: int
 
 
-def load_choices(config: DataConfig, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str] | None) -> tuple[list[Question], list[str]]:
+def load_choices(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str] | None, encoder_decoder: bool = False
+) -> tuple[list[Question], list[str]]:
     """The evaluation rows with their choices, and what is to be said of them.
 
     choices: those of every row; None where each row has a column `choices`, a list of texts, or `{text: [...], label:
@@ -41,7 +44,7 @@ def load_choices(config: DataConfig, tokenizer: PreTrainedTokenizerBase, choices
     if form == "text":
         raise ConfigError(f"{source}: plain text has no answer, so no choices; choice_accuracy needs rows with an answer")
     questions, bad, long = [], [], 0
-    renderer = Renderer(tokenizer, own)
+    renderer = (PairRenderer if encoder_decoder else Renderer)(tokenizer, own)
     for record in records:
         found = _variants(record, form, own, choices)
         if isinstance(found, BadRow):

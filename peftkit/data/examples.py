@@ -140,3 +140,15 @@ class Rows(Sequence[list[Example]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return [self.examples[index]] if self.bins is None else [self.examples[i] for i in self.bins[index]]
+
+    def summed(self, by_example: Any) -> Any:
+        """(rows,) the sum over each row's examples of a number (examples,) that each example has."""
+        if self.bins is None or not len(self.bins):
+            return by_example
+        counts = self.documents
+        return np.add.reduceat(by_example[np.fromiter((i for row in self.bins for i in row), np.int64, counts.sum())], np.cumsum(counts) - counts)
+
+    @property
+    def documents(self) -> Any:
+        """(rows,) how many examples each is made of."""
+        return np.ones(len(self.examples), np.int64) if self.bins is None else np.fromiter(map(len, self.bins), np.int64, len(self.bins))

@@ -19,6 +19,7 @@ from peftkit.data.cache import DamagedCacheError, Store, cache_folder, content_h
 from peftkit.data.config import DataConfig
 from peftkit.data.examples import Example, Examples, to_arrow
 from peftkit.data.formats import find_format, normalise
+from peftkit.data.pairs import PairRenderer
 from peftkit.data.read import BadRow, Piece, Record, not_utf8, pieces, read_rows
 from peftkit.data.render import CHUNK, Renderer, render_text
 from peftkit.data.report import DataReport, bad_lines
@@ -26,13 +27,16 @@ from peftkit.data.report import DataReport, bad_lines
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDERING = [Path(__file__).parent / name for name in ("read.py", "formats.py", "render.py", "load.py", "examples.py")]
+RENDERING = [Path(__file__).parent / name for name in ("read.py", "formats.py", "render.py", "load.py", "examples.py", "pairs.py")]
 SMALL = 2**20  # bytes of files; the rows of less are tokenised in about a second
 
 
-def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Literal["train", "eval"]) -> tuple[Examples, DataReport]:
+def load_examples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Literal["train", "eval"], encoder_decoder: bool = False
+) -> tuple[Examples, DataReport]:
     """The examples of one split, in the order of the data, and the report on them; for `train`, then those mixed in.
 
+    encoder_decoder: the prompt is for an encoder, and the answer for a decoder (see `pairs.py`).
     No examples for `eval` where the config names neither `eval` nor `holdout`. Raises ConfigError for a source that is
     missing, unreadable, empty or of no known format, for chats without a chat template, where no row is left, and, with
     `on_bad_row: error`, where any row cannot be used.
@@ -42,15 +46,15 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split:
         return Examples.of([]), DataReport("no evaluation data")
     source = config.eval if split == "eval" and config.eval else config.train
     limit = config.train_rows if split == "train" else config.eval_rows
-    examples, report = load_source(Source(source, config, split, held, limit), tokenizer)
+    examples, report = load_source(Source(source, config, split, held, limit, encoder_decoder=encoder_decoder), tokenizer)
     if split == "train" and config.parts:
-        examples = mix(examples, report, config, tokenizer)
-    report.lengths = examples.lengths.tolist()
-    report.tokens, report.supervised_tokens = sum(report.lengths), int(examples.supervised.sum())
+        examples = mix(examples, report, config, tokenizer, encoder_decoder)
+    report.lengths = examples.lengths
+    report.tokens, report.supervised_tokens = int(report.lengths.sum()), int(examples.supervised.sum())
     return examples, report
 
 
-def mix(examples: Examples, report: DataReport, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
+def mix(examples: Examples, report: DataReport, config: DataConfig, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False) -> Examples:
     """The examples and, of every other source, as many as make up its share of the tokens.
 
     Which ones is drawn once, the same for every seed of the training, so that runs with different seeds see the same data.
@@ -61,7 +65,7 @@ def mix(examples: Examples, report: DataReport, config: DataConfig, tokenizer: P
     for number, part in enumerate(config.parts):
         alone = config.alone(part.source, columns=part.columns)
         try:
-            others, own = load_source(Source(part.source, alone, "train", False, None, mixed_in=True), tokenizer)
+            others, own = load_source(Source(part.source, alone, "train", False, None, True, encoder_decoder), tokenizer)
         except ConfigError as error:
             key = "data.replay" if part is config.replay else f"data.mix.{number - bool(config.replay)}"
             raise type(error)(f"{key}: {error}") from error
@@ -76,7 +80,7 @@ def mix(examples: Examples, report: DataReport, config: DataConfig, tokenizer: P
                 picks.append(pick)
                 taken += int(lengths[pick])
         joined.append(Examples(others.table, others.picks[sorted(picks)]))
-        own.lengths = joined[-1].lengths.tolist()
+        own.lengths = joined[-1].lengths
         own.tokens, own.supervised_tokens = taken, int(joined[-1].supervised.sum())
         again = f"; all {len(others)} rows are taken {len(picks) / len(others):.1f} times" if passes > 1 else ""
         own.notes.append(f"mixed in: {len(picks)} rows of {len(others)}{again}")
@@ -103,6 +107,8 @@ class Source:
     limit: int | None
     mixed_in: bool = False
     """Beside `data.train`, which alone must have a use for every option."""
+    encoder_decoder: bool = False
+    """Whether rows become a prompt to read and an answer to write."""
 
     @property
     def name(self) -> str:
@@ -213,7 +219,7 @@ def cache_key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
         yield from (type(tokenizer).__name__, backend.to_str() if backend else "", json.dumps(tokenizer.special_tokens_map, default=str), template)
         if "strftime_now" in template:
             yield date.today().isoformat()
-        yield json.dumps([options, source.held, source.limit])
+        yield json.dumps([options, source.held, source.limit, source.encoder_decoder])
         if is_text(source):
             yield from (part for path in source.files for part in (str(path), read_text(path)))
         else:
@@ -232,6 +238,8 @@ def make(source: Source, tokenizer: PreTrainedTokenizerBase, store: Store) -> tu
     """Reads and renders the source, some rows at a time, into the store."""
     seen, config = Seen(), source.config
     if is_text(source):
+        if source.encoder_decoder:
+            raise ConfigError(f"{source.spec}: plain text has no answer, and an encoder-decoder model reads a prompt and writes an answer; give rows of both")
         refuse_for_text(source)
         blocks = [
             example for path in source.files for example in render_text(read_text(path), str(path), tokenizer, config.max_length, config.holdout, source.held)
@@ -239,7 +247,8 @@ def make(source: Source, tokenizer: PreTrainedTokenizerBase, store: Store) -> tu
         seen.format, seen.rows = f"blocks of {config.max_length} tokens", len(blocks)
         store.add(to_arrow(blocks))
         return store.finish(asdict(seen)), seen
-    renderer, formats = Renderer(tokenizer, config), dict[str, str]()
+    renderer: Renderer | PairRenderer = (PairRenderer if source.encoder_decoder else Renderer)(tokenizer, config)
+    formats = dict[str, str]()
     waiting: list[Record | BadRow] = []
     current = ""
 

@@ -19,7 +19,7 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
 
 def make_rows(examples: Examples, config: DataConfig) -> Rows:
     """What batches are made of: packed rows where the config says so, else each example for itself."""
-    bins = best_fit(examples.lengths.tolist(), config.max_length, lambda i: examples[i].where) if config.packing else None
+    bins = best_fit(examples.lengths, config.max_length, lambda i: examples[i].where) if config.packing else None
     return Rows(examples, bins)
 
 
@@ -33,7 +33,7 @@ def best_fit(lengths: Sequence[int], max_length: int, where: Callable[[int], str
     free: list[list[int]] = [[] for _ in range(max_length + 1)]  # heaps of the bins with that much space
     open_spaces = 0  # bit n is set where free[n] is not empty: the least sufficient space is found without a search
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
+        length = int(lengths[index])
         if length > max_length:
             raise ValueError(f"{where(index)} has {length} tokens and cannot be packed into {max_length}")
         fitting = open_spaces >> length

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from statistics import quantiles
+from typing import Any
+
+import numpy as np
 
 from peftkit.data.read import BadRow
 
@@ -24,8 +26,8 @@ class DataReport:
     """Tokens of all examples, those mixed in included; `supervised_tokens` and `lengths` likewise."""
 
     supervised_tokens: int = 0
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each example, in order."""
+    lengths: Any = field(default_factory=lambda: np.empty(0, np.int64))
+    """(examples,) tokens of each, in order."""
 
     notes: list[str] = field(default_factory=list)
     parts: list[DataReport] = field(default_factory=list)
@@ -34,18 +36,18 @@ class DataReport:
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return max(self.lengths, default=0)
+        return int(self.lengths.max(initial=0))
 
     def lines(self) -> list[str]:
         """The report for people, line by line."""
         if not self.rows:
             return [f"{self.source}: no rows"]
         share = self.supervised_tokens / self.tokens if self.tokens else 0.0
-        cuts = quantiles(self.lengths, n=20, method="inclusive") if len(self.lengths) > 1 else [self.longest] * 19
+        median, most = np.quantile(self.lengths, [0.5, 0.95]) if len(self.lengths) else (0, 0)
         lines = [
             f"{self.source}: {self.format}, {self.kept} of {self.rows} rows kept",
             f"  {self.tokens} tokens{', all sources together,' if self.parts else ','} {self.supervised_tokens} of them supervised ({share:.0%})",
-            f"  row lengths: median {cuts[9]:.0f}, 95% up to {cuts[18]:.0f}, longest {self.longest} tokens",
+            f"  row lengths: median {median:.0f}, 95% up to {most:.0f}, longest {self.longest} tokens",
         ]
         if self.truncated:
             lines.append(f"  {self.truncated} rows longer than max_length were cut at the right")

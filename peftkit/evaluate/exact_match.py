@@ -73,7 +73,7 @@ def generate_answers(
 ) -> list[str]:  # fmt: skip
     """The greedy answers to token prompts, in their order, decoded without special tokens and stripped.
 
-    Prompts of like length share a batch, padded on the left.
+    Prompts of like length share a batch, padded on the left, or on the right where an encoder reads them.
     """
     config = generation_config(model, tokenizer, max_new_tokens)
     pad = config.pad_token_id
@@ -82,14 +82,21 @@ def generate_answers(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         width = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+        spaces = [width - len(prompts[i]) for i in chosen]
+        before, after = ([0] * len(chosen), spaces) if model.config.is_encoder_decoder else (spaces, [0] * len(chosen))
+        ids = torch.tensor([[pad] * left + list(prompts[i]) + [pad] * right for i, left, right in zip(chosen, before, after, strict=True)])
+        mask = torch.tensor([[0] * left + [1] * len(prompts[i]) + [0] * right for i, left, right in zip(chosen, before, after, strict=True)])
         output: Any = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-        for i, text in zip(chosen, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
+        for i, text in zip(chosen, tokenizer.batch_decode(output[:, answer_start(model, width) :], skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
         if progress:
             progress(len(chosen))
     return answers
+
+
+def answer_start(model: Any, prompt: int) -> int:
+    """Where in generate's output the answer begins: behind the prompt of `prompt` tokens, or, where an encoder read that, behind the decoder's first token."""
+    return 1 if model.config.is_encoder_decoder else prompt
 
 
 def answer_room(tokenizer: PreTrainedTokenizerBase, references: Sequence[str]) -> int:

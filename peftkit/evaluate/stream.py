@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from peftkit.evaluate.exact_match import generation_config
+from peftkit.evaluate.exact_match import answer_start, generation_config
 
 
 class _Writer(TextStreamer):
@@ -32,4 +32,4 @@ def stream_answer(
         config.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     ids = torch.tensor([list(prompt)], device=model.device)
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=_Writer(tokenizer, write))
-    return str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(output[0, answer_start(model, len(prompt)) :], skip_special_tokens=True)).strip()

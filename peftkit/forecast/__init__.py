@@ -1,6 +1,6 @@
 """What a recipe will need of memory, before it runs: `trace` counts, `skeleton` is the model, `step` the run, `fit` compares with what there is."""
 
-from peftkit.forecast.fit import Budget, Plan, Row, budget, largest_micro_batch, micro_batch, of_micro_batch, rows_of, with_micro_batch, worst
+from peftkit.forecast.fit import Budget, Plan, Row, Sizes, budget, largest_micro_batch, of_micro_batch, of_recipe, sizes_of, with_micro_batch, worst
 from peftkit.forecast.skeleton import Skeleton
 from peftkit.forecast.step import Forecast, Generation, Workload, forecast
 
@@ -10,14 +10,15 @@ __all__ = [
     "Generation",
     "Plan",
     "Row",
+    "Sizes",
     "Skeleton",
     "Workload",
     "budget",
     "forecast",
     "largest_micro_batch",
-    "micro_batch",
     "of_micro_batch",
-    "rows_of",
+    "of_recipe",
+    "sizes_of",
     "with_micro_batch",
     "worst",
 ]

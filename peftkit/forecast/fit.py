@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from peftkit.config import ConfigError
+from peftkit.data import Examples, Rows
 from peftkit.forecast.skeleton import Skeleton
 from peftkit.forecast.step import Forecast, Generation, Workload, forecast
 from peftkit.memory import human
@@ -24,13 +26,30 @@ CPU_RESERVE = 0.5
 """Share of what comes and goes in a step that glibc may hold beyond it; measured, see docs/check.md."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What counts of a row for memory."""
 
     tokens: int
     supervised: int
     documents: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """What counts of many rows for memory, (rows,) each: three numbers a row, since there may be millions."""
+
+    tokens: Any
+    supervised: Any
+    documents: Any
+    pairs: bool = False
+    """Whether the supervised tokens are written by a decoder of its own, and the others read by an encoder."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Sizes:
+        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -80,47 +99,74 @@ def _available() -> int:
 # ----------------------------------------------------------------------------------------------------------------- the batches
 
 
-def rows_of(rows: Sequence[Sequence[Any]]) -> list[Row]:
-    """Examples, as they stand in rows, as what counts for memory."""
-    return [Row(sum(len(each.input_ids) for each in row), sum(sum(each.trained) for each in row), len(row)) for row in rows]
+def sizes_of(rows: Rows | Examples, pairs: bool = False) -> Sizes:
+    """Examples, each for itself or as they stand in rows, as what counts for memory; none of their tokens is read."""
+    rows = rows if isinstance(rows, Rows) else Rows(rows)
+    examples: Any = rows.examples
+    return Sizes(rows.summed(examples.lengths), rows.summed(examples.supervised), rows.documents, pairs)
 
 
-def worst(rows: Sequence[Row], count: int, packed: bool = False) -> Workload:
+def worst(rows: Sizes, count: int, packed: bool = False) -> Workload:
     """The largest batch of `count` rows: the longest ones, padded to the longest, with the most that `count` rows train."""
     count = min(count, len(rows))
-    longest = sorted((row.tokens for row in rows), reverse=True)[:count]
-    supervised = sum(sorted((row.supervised for row in rows), reverse=True)[:count])
-    return Workload(count, longest[0], supervised, max(row.documents for row in rows), packed, padded=count > 1)
+    supervised = int(np.sort(rows.supervised)[-count:].sum())
+    if rows.pairs:  # the longest prompt and the longest answer need not be of one row, but may be of one batch
+        return Workload(count, int((rows.tokens - rows.supervised).max()), supervised, answer=int(rows.supervised.max()))
+    return Workload(count, int(rows.tokens.max()), supervised, int(rows.documents.max()), packed, padded=count > 1)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a recipe will be given."""
 
-    rows: Sequence[Row]
-    evaluated: Sequence[Row] = ()
+    rows: Sizes
+    evaluated: Sizes = field(default_factory=lambda: Sizes.of([]))
     prompts: int = 0
     """Tokens of the longest prompt that is answered in evaluation, with the room for its answer; 0 where none is."""
-    forecasts: dict[tuple[int, bool], Forecast] = field(default_factory=dict)
+    room: int = 0
+    """That room."""
+    forecasts: dict[tuple[Workload, bool], Forecast] = field(default_factory=dict)
     """Those made already, by micro-batch and whether it is a part of the batch."""
+
+
+def by_tokens(rows: Sizes, count: int, packed: bool = False) -> list[Workload]:
+    """Of the micro-batches of up to `count` rows that training puts together up to MICRO_TOKENS: the one of most tokens, and that of the longest row.
+
+    The longest row need not be in the largest one: where it has 1,100 tokens it stands alone, and two of 1,000 make more.
+    """
+    found = [worst(rows, 1, packed)]
+    for many in range(2, min(count, len(rows), MICRO_TOKENS // int(rows.tokens.min())) + 1):
+        fits = rows.tokens <= MICRO_TOKENS // many
+        if fits.sum() >= many:
+            found.append(worst(Sizes(rows.tokens[fits], rows.supervised[fits], rows.documents[fits], rows.pairs), many, packed))
+    largest = max(found, key=lambda workload: (workload.rows * (workload.tokens + workload.answer), workload.supervised))
+    return [largest, max((each for each in found if each.tokens == found[0].tokens), key=lambda workload: workload.rows)]
+
+
+def of_recipe(skeleton: Skeleton, plan: Plan, processes: int = 1) -> tuple[int, Forecast]:
+    """(rows at a time, forecast) of what the recipe says; of `auto`, one row at a time."""
+    recipe, share = skeleton.recipe, -(-skeleton.recipe.train.batch_size // processes)
+    if recipe.train.micro_batch_size is not None:
+        micro = 1 if recipe.train.micro_batch_size == "auto" else recipe.train.micro_batch_size
+        return micro, of_micro_batch(skeleton, plan, micro, processes)
+    found = [(each.rows, of_workload(skeleton, plan, each, processes)) for each in by_tokens(plan.rows, share, recipe.data.packing)]
+    return max(found, key=lambda pair: pair[1].total)
 
 
 def of_micro_batch(skeleton: Skeleton, plan: Plan, micro: int, processes: int = 1) -> Forecast:
     """The forecast for micro-batches of `micro` rows."""
-    recipe = skeleton.recipe
-    share = -(-recipe.train.batch_size // processes)
-    evaluation = worst(plan.evaluated, recipe.eval.batch_size) if plan.evaluated else None
-    generation = Generation(min(recipe.eval.batch_size, max(len(plan.evaluated), 1)), plan.prompts) if plan.prompts else None
-    key = (micro, share > micro)
+    return of_workload(skeleton, plan, worst(plan.rows, micro, skeleton.recipe.data.packing), processes)
+
+
+def of_workload(skeleton: Skeleton, plan: Plan, workload: Workload, processes: int = 1) -> Forecast:
+    """The forecast for this micro-batch as the largest."""
+    recipe, accumulates = skeleton.recipe, -(-skeleton.recipe.train.batch_size // processes) > workload.rows
+    evaluation = worst(plan.evaluated, recipe.eval.batch_size) if len(plan.evaluated) else None
+    generation = Generation(min(recipe.eval.batch_size, max(len(plan.evaluated), 1)), plan.prompts, plan.room) if plan.prompts else None
+    key = (workload, accumulates)
     if key not in plan.forecasts:
-        plan.forecasts[key] = forecast(skeleton, worst(plan.rows, micro, recipe.data.packing), share > micro, evaluation, generation)
+        plan.forecasts[key] = forecast(skeleton, workload, accumulates, evaluation, generation)
     return plan.forecasts[key]
-
-
-def micro_batch(recipe: Recipe, plan: Plan, processes: int = 1) -> int | Literal["auto"]:
-    """The recipe's own micro-batch: what it says, else as many of the longest rows as training puts together."""
-    share = -(-recipe.train.batch_size // processes)
-    return recipe.train.micro_batch_size or min(share, max(1, MICRO_TOKENS // max(row.tokens for row in plan.rows)))
 
 
 def largest_micro_batch(skeleton: Skeleton, plan: Plan, there: Budget, processes: int = 1) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peftkit.forecast.skeleton import Skeleton
+from peftkit.model import reads_with_encoder
 
 
 class Workload(NamedTuple):
@@ -21,13 +22,16 @@ class Workload(NamedTuple):
     packed: bool = False
     padded: bool = True
     """Whether a row is shorter than the others, so that attention needs a mask."""
+    answer: int = 0
+    """Tokens that a decoder of its own writes in each row, where `tokens` are read by an encoder; else 0."""
 
 
 class Generation(NamedTuple):
-    """Answers to `rows` prompts at a time, `tokens` long with their prompts."""
+    """Answers to `rows` prompts at a time, `tokens` long with their prompts, of which `answer` are the room for the answer."""
 
     rows: int
     tokens: int
+    answer: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Forecast:
 def forecast(skeleton: Skeleton, workload: Workload, accumulates: bool, evaluation: Workload | None = None, generation: Generation | None = None) -> Forecast:
     """What the recipe will need with this micro-batch as its largest, and these batches of evaluation."""
     activations, backward = _training(skeleton, workload, accumulates)
-    batch = evaluation or workload._replace(rows=1, supervised=workload.tokens)
+    batch = evaluation or workload._replace(rows=1, supervised=workload.answer or workload.tokens)
     if (batch, generation) not in skeleton.evaluations:
         skeleton.evaluations[batch, generation] = max(_evaluation(skeleton, batch), _generation(skeleton, generation))
     evaluating = skeleton.evaluations[batch, generation]
@@ -121,6 +125,8 @@ def _generation(skeleton: Skeleton, generation: Generation | None) -> int:
         skeleton.model.eval()
         trace.restart_peak()
         resting = trace.live
+        if reads_with_encoder(skeleton.model.config):
+            return _written(skeleton, generation) - resting
         mask = torch.ones(generation.rows, generation.tokens, dtype=torch.long)
         done = skeleton.model(input_ids=mask, attention_mask=mask, use_cache=True, logits_to_keep=1)
         logits = done.logits.float()
@@ -132,6 +138,20 @@ def _generation(skeleton: Skeleton, generation: Generation | None) -> int:
         return trace.peak - resting
 
 
+def _written(skeleton: Skeleton, generation: Generation) -> int:
+    """The peak of answers by a decoder of its own: prompts read, all of the answer's keys and values, and one more token with its logits."""
+    model = skeleton.model
+    mask = torch.ones(generation.rows, generation.tokens - generation.answer, dtype=torch.long)
+    read = model.get_encoder()(input_ids=mask, attention_mask=mask).last_hidden_state
+    answer, one = (torch.ones(generation.rows, width, dtype=torch.long) for width in (generation.answer, 1))
+    context = {"encoder_hidden_states": read, "encoder_attention_mask": mask, "use_cache": True}
+    done = model.get_decoder()(input_ids=answer, **context)
+    more = model.get_decoder()(input_ids=one, past_key_values=done.past_key_values, **context)
+    model.get_output_embeddings()(more.last_hidden_state).float()
+    model.train()
+    return skeleton.trace.peak
+
+
 def _set(skeleton: Skeleton, workload: Workload) -> Any:
     """The trace, running, with what it is to answer for this batch."""
     skeleton.trace.chosen = max(workload.supervised, 1)
@@ -141,6 +161,8 @@ def _set(skeleton: Skeleton, workload: Workload) -> Any:
 
 def _batch(workload: Workload) -> dict[str, torch.Tensor]:
     ids = torch.ones(workload.rows, workload.tokens, dtype=torch.long)
+    if workload.answer:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.new_ones(workload.rows, workload.answer)}
     batch = {"input_ids": ids, "labels": torch.ones_like(ids)}
     if workload.packed or workload.padded:
         batch["position_ids"] = torch.ones_like(ids)

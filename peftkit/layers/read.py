@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class AdaptedWeight(Tensor):
@@ -24,8 +25,10 @@ class AdaptedWeight(Tensor):
     adapted: Callable[[], Tensor]
 
     @staticmethod
-    def of(frozen: Tensor, adapted: Callable[[], Tensor]) -> AdaptedWeight:
+    def of(frozen: Tensor, adapted: Callable[[], Tensor]) -> Tensor:
         """`frozen` answers the questions, `adapted()` is what any arithmetic is done with."""
+        if isinstance(frozen.detach(), FakeTensor):  # it has no data, and cannot become another class
+            return adapted()
         weight = frozen.detach().as_subclass(AdaptedWeight)
         weight.frozen, weight.adapted = frozen, adapted
         return weight

@@ -28,6 +28,8 @@ class NEFTune(Method):
     """Seed of the noise's own generator; by default drawn from torch's, so that train.seed covers it."""
 
     def attach(self, model: nn.Module, adapter: str = ADAPTER) -> Handle | None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"neftune is noise on what a model reads, and the embeddings of {type(model).__name__} serve what it writes too; leave it out")
         embedding = input_embedding(model)
         if embedding is None:
             raise ValueError(f"neftune needs the model's input embeddings, and {type(model).__name__} does not name them")

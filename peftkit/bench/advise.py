@@ -16,9 +16,10 @@ from typing import Any
 
 from peftkit.bench.cells import Record, Results, load_results
 from peftkit.bench.charts import rate_of, with_interval
-from peftkit.bench.overview import LOWER_IS_BETTER, Comparison, against, done, percent_or_number, score, tasks
+from peftkit.bench.compare import Comparison
+from peftkit.bench.overview import done, outcome, percent_or_number, score, tasks, versus
 from peftkit.config import ConfigError, dump_yaml
-from peftkit.forecast import Budget, Forecast, Plan, Row, Skeleton, budget, largest_micro_batch, of_micro_batch
+from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch
 from peftkit.memory import human
 from peftkit.model import load_config
 from peftkit.recipe import Recipe, load_recipe
@@ -145,10 +146,10 @@ def _contenders(results: Results) -> tuple[str, dict[str, Comparison | None]]:
     means = {name: found.mean for name, records in whole.items() if (found := score(records, results.metric))}
     if not means:
         return "", {}
-    sign = -1 if results.metric in LOWER_IS_BETTER else 1
+    sign = 1 if results.higher_better else -1
     best = max(means, key=lambda name: sign * means[name])
-    compared = {name: against(results, name, best) for name in means if name != best}
-    return best, {best: None} | {name: each for name, each in compared.items() if each.outcome == "equal"}
+    compared = versus(results, best)
+    return best, {best: None} | {name: compared[name] for name in means if name != best and outcome(compared[name]) == "equal"}
 
 
 # --- the choice ---------------------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def _choose(
             except ConfigError as error:  # targets by name that this model does not have, say
                 unfit.append(f"{method} cannot be used on {model}: {str(error).splitlines()[0]}")
                 continue
-            plan = Plan([Row(max_length, max_length)] * recipe.train.batch_size)
+            plan = Plan(Sizes.of([Row(max_length, max_length)] * recipe.train.batch_size))
             if there.holds(smallest := of_micro_batch(skeleton, plan, 1)):
                 micro = largest_micro_batch(skeleton, plan, there)
                 _tell_choice(advice, found, best, method, contenders, ordered)
@@ -216,7 +217,7 @@ def _tell_choice(advice: Advice, found: Evidence, best: str, method: str, conten
     text = with_interval(own, lambda value: percent_or_number(results.metric, value))
     why = f"{results.metric} {text}, {_cells(found, method)}"
     if comparison := contenders[method]:
-        why += f"; {comparison.words}"
+        why += f"; {comparison.words()}"
     if len(contenders) > 1 and _cost(results, method) is not None:
         why += f"; its step is the cheapest of those that fit and cannot be told apart from the best ({', '.join(ordered)})"
     advice.settings.append(Setting("method", method, why))
@@ -231,7 +232,7 @@ def _tell_choice(advice: Advice, found: Evidence, best: str, method: str, conten
 
 def _beaten(results: Results, name: str, best: str) -> str:
     failed = [record for record in results.methods[name] if record.status == "failed"]
-    return f"{name} ({len(failed)} cells failed)" if failed else against(results, name, best).words
+    return f"{name} ({len(failed)} cells failed)" if failed else versus(results, best)[name].words()
 
 
 def _tell_memory(advice: Advice, recipe: Recipe, forecast: Forecast, micro: int, there: Budget, tried: list[str]) -> None:
@@ -262,7 +263,7 @@ def _tell_rank(advice: Advice, found: Evidence, method: str) -> None:
         for name, records in results.methods.items()
         if name != method and (part := done(records)) and _same_but_rank(done(results.methods[method])[0], part[0])
     ]
-    compared = [f"rank {_text(_ranks(done(results.methods[name])[0]))}: {against(results, name, method).words}" for name in others]
+    compared = [f"rank {_text(_ranks(done(results.methods[name])[0]))}: {versus(results, method)[name].words()}" for name in others]
     why = "; ".join(compared) if compared else f"the only rank measured with these methods, {_cells(found, method)}: whether another is better is unknown"
     advice.settings.append(Setting("rank", _text(own), why))
 
@@ -327,8 +328,10 @@ def _tell_limits(advice: Advice, found: Evidence, size: int, model: str, compari
 
 
 def _reach(comparison: Comparison) -> str:
-    assert comparison.difference is not None
-    return f"{100 * max(-comparison.difference.low, 0.0):.1f} points"
+    """The most that the best method may be ahead of the one chosen."""
+    d = comparison.difference
+    assert d is not None
+    return f"{d.measure.number(max(d.high if d.measure.lower_is_better else -d.low, 0.0), sign=False)} {d.measure.unit}"
 
 
 def _cells(found: Evidence, method: str) -> str:

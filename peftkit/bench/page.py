@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from peftkit.bench.charts import Chart, Figure, figures, rate_of, style_of, with_interval
-from peftkit.bench.overview import comparisons, comparisons_by_task, done, in_one_sentence, percent_or_number, score, tasks
+from peftkit.bench.overview import comparisons, comparisons_by_task, done, in_one_sentence, outcome, percent_or_number, score, tasks
 from peftkit.bench.palette import DARK, GREY, LIGHT, MUTED, PAGE, TEXT
 from peftkit.bench.records import Record, Results
 from peftkit.bench.report import Row, columns_and_rows, notes, table
@@ -33,6 +33,7 @@ WIDE, HALF, NARROW, SMALL = 1080, 540, 350, 300  # widths of figures: the page's
 def html(results: Results) -> str:
     """The whole page."""
     environment = Environment(loader=FileSystemLoader(FILES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["outcome"] = outcome
     environment.filters["column"] = lambda name: {"name": name, "kind": "number", "first": "descending"}
     style, script = _colours() + (FILES / "page.css").read_text(), (FILES / "page.js").read_text()
     return environment.get_template("page.html.j2").render(

@@ -70,16 +70,16 @@ def table(results: Results) -> list[Row]:
 
 def differences(results: Results) -> list[tuple[str, Difference | None]]:
     """Every other method against the first: its sentence, and the numbers, None where there is nothing to compare."""
-    return [(each.words, each.difference) for each in comparisons(results)]
+    return [(each.words(), each.difference) for each in comparisons(results)]
 
 
 def notes(results: Results) -> list[str]:
     """What stands below the table: differences, target, the base, failures, and where the numbers come from."""
     lines = [sentence for sentence, _ in differences(results)]
     if len(tasks(results)) > 1:
-        lines += [each.words for each in comparisons_by_task(results)]
+        lines += [each.words() for each in comparisons_by_task(results)]
     if len(lines) > 1:
-        lines.append(f"Intervals are of each comparison by itself: among {len(lines)}, some may leave out 0 by chance.")
+        lines.append("What is told apart is by p values corrected for all comparisons (Holm); the intervals are of each comparison by itself.")
     if results.target is not None:
         reached = ", ".join(f"{row.method} {row.at_target} of {row.done + len(row.failed)}" for row in table(results))
         lines.append(f"Seeds that reached {results.metric} {results.target:.1%}: {reached}.")

@@ -125,6 +125,7 @@ def blocks() -> dict[Path, dict[str, str]]:
     shown = {
         docs / "benchmarks.md": [marker for marker in BLOCKS if marker != "builtin"],
         docs / "findings.md": ["builtin"],
+        docs / "bench-gate.md": ["gate_rates"],
         docs / "adapters.md": ["adapters", "gpu"],
         docs / "check.md": ["memory", "memory:gpu"],
         ROOT / "README.md": ["results", "adapters", "versus_peft"],

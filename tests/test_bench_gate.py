@@ -1,15 +1,23 @@
-"""What the harness concludes from records: comparisons, power, steps to a loss, forgetting, sensitivity; all from made records."""
+"""What the harness concludes from records: comparisons, power, steps to a loss, forgetting, sensitivity, the gate; all from made records."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from peftkit.bench.cells import Record, Results
+from peftkit.bench import ci
+from peftkit.bench.baseline import Baseline, BaselineTiming, accept, baseline_json, load_baseline
+from peftkit.bench.cells import Record, Results, write_results
 from peftkit.bench.compare import compare
+from peftkit.bench.gate import Margins, Verdict, gate, slower
 from peftkit.bench.measures import forgetting, sensitivity, smoothed, to_target
 from peftkit.bench.power import plan, settled
 from peftkit.bench.statistics import Difference, Spread, accuracy, difference, holm, measure, pooled_accuracy, pooled_difference, scalar_difference
+from peftkit.cli import main
+from peftkit.config import ConfigError, Source, validate
 
 
 def record(method: str, seed: int, outcomes=(), task: str = "", **changes) -> Record:
@@ -206,9 +214,165 @@ def test_sensitivity_compares_runs_of_the_same_length():
     lost = tried(9e-3, 0, status="failed", kind="divergence", after={})
     edge = sensitivity(results_of(tried(1e-3, 0.5), tried(3e-3, 0.6), lost))[0]
     assert np.isinf(edge.higher) and "it diverged" in edge.words() and not edge.at_edge
+    only_loss = [tried(rate, 0, after={"loss": loss}) for rate, loss in ((1e-3, 0.5), (3e-3, 0.4), (9e-3, 0.9))]
+    (by_loss,) = sensitivity(results_of(*only_loss))
+    assert by_loss.best_rate == 3e-3 and by_loss.higher == pytest.approx(0.5) and "it loses 0.5000 of loss" in by_loss.words()
     assert sensitivity(results_of(record("lora", 0, [1]))) == []
 
 
 def test_certainty_is_not_claimed_over_tasks():
     assert pooled_accuracy([np.ones((3, 100)), np.ones((3, 100))]).low < 0.995
     assert accuracy(np.ones((3, 100))).low < pooled_accuracy([np.ones((3, 100))] * 4).low
+
+
+# --- gate ---------------------------------------------------------------------------------------------------------------------
+
+
+def suite_runs(rng, methods=("lora", "dora"), share=0.8, tasks=("",), slow=1.0, memory=2**30, **how) -> Results:
+    """Results of final and timing cells; rounds scatter by 2%."""
+    cells = [r.model_copy(update={"train": {"peak_memory_bytes": memory}}) for r in runs(rng, {m: share for m in methods}, tasks, **how)]
+    for method in methods:
+        rounds = (1.1 * slow * np.exp(0.02 * rng.standard_normal(15))).tolist()
+        cells.append(record(method, 0, stage="timing", after={}, timing={"rounds": rounds, "over_base": float(np.median(rounds)), "saved_bytes": 10**8}))
+    return results_of(*cells, machine={"cores": 2})
+
+
+def failing(verdicts) -> set[tuple[str, str]]:
+    return {(v.name, v.check) for v in verdicts if not v.passed}
+
+
+def test_equal_code_passes_and_planted_faults_fail():
+    """The traps: an adapter's scale halved in its forward, an adapter 10% slower, one that keeps more."""
+    rng = np.random.default_rng(7)
+    baseline = accept(suite_runs(rng))
+    verdicts = gate(suite_runs(rng), baseline)
+    assert failing(verdicts) == set() and {v.check for v in verdicts} == {"accuracy", "step time", "peak memory", "saved bytes"}
+    assert ("lora", "accuracy") in failing(gate(suite_runs(rng, share=0.4), baseline))
+    assert failing(gate(suite_runs(rng, slow=1.1), baseline)) == {("lora", "step time"), ("dora", "step time")}
+    assert failing(gate(suite_runs(rng, slow=1.1), baseline, Margins(time=0.2))) == set()
+    assert failing(gate(suite_runs(rng, memory=1.15 * 2**30), baseline)) == {("lora", "peak memory"), ("dora", "peak memory")}
+    heavier = suite_runs(rng)
+    heavier.cells[-1].timing["saved_bytes"] = 1.2e8
+    assert failing(gate(heavier, baseline)) == {("dora", "saved bytes")}
+    assert failing(gate(suite_runs(rng, share=0.95, slow=0.8, memory=2**29), baseline)) == set()  # better is no regression
+
+
+def test_a_drop_that_no_method_shows_alone_is_seen_in_all_together():
+    rng = np.random.default_rng(8)
+    methods = tuple(f"m{i}" for i in range(7))
+    baseline = accept(suite_runs(rng, methods))
+    seen = [gate(suite_runs(rng, methods, share=0.74), baseline) for _ in range(10)]
+    together = sum(("all methods", "accuracy") in failing(verdicts) for verdicts in seen)
+    alone = sum(("m0", "accuracy") in failing(verdicts) for verdicts in seen)
+    assert together >= 9 and alone <= 5
+
+
+def test_slower_code_fails_and_equal_code_passes_reliably():
+    rng = np.random.default_rng(9)
+
+    def rounds(factor: float) -> np.ndarray:
+        return factor * np.exp(0.01 * rng.standard_normal() + 0.03 * rng.standard_normal(15))
+
+    def alarms(factor: float) -> int:
+        return sum(slower(rounds(factor), BaselineTiming(over_base=1.0, rounds=rounds(1.0).tolist())) for _ in range(200))
+
+    assert alarms(1.0) <= 2 and alarms(1.1) >= 180
+    by_hand = BaselineTiming(over_base=1.0)  # nothing known but the ratio
+    assert slower(rounds(1.1), by_hand) and not slower(rounds(1.0), by_hand)
+
+
+def test_what_was_not_measured_does_not_pass():
+    rng = np.random.default_rng(10)
+    whole = suite_runs(rng)
+    baseline = accept(whole)
+
+    def words(keep, change=lambda record: {}) -> dict[tuple[str, str], str]:
+        cells = [r.model_copy(update=change(r)) for r in whole.cells if keep(r)]
+        return {(v.name, v.check): v.words for v in gate(results_of(*cells), baseline) if not v.passed}
+
+    assert words(lambda r: r.stage != "timing")["lora", "step time"] == "no step times were measured"
+    assert words(lambda r: r.method == "lora")["dora", "accuracy"] == "no results: the method was not run"
+    assert words(lambda r: r.method == "lora")["dora", "peak memory"] == "was not measured"
+    few = words(lambda r: True, lambda r: {"timing": {"rounds": [1.0] * 3}} if r.stage == "timing" else {})
+    assert "3 rounds" in few["lora", "step time"]
+    lost = words(lambda r: True, lambda r: {"status": "failed", "kind": "crash", "timing": {}} if r.stage == "timing" else {})
+    assert lost["lora", "step time"] == "its timing cell failed (crash)"
+    assert "other test examples" in words(lambda r: True, lambda r: {"examples": "y"})["lora", "accuracy"]
+    assert words(lambda r: True, lambda r: {"after": {"loss": 1.0}} if r.stage == "final" else {})["lora", "accuracy"] == "exact_match was not measured"
+    with pytest.raises(ConfigError, match="nothing is expected"):
+        validate(Baseline, Source({"methods": {}}, "baseline.json"))
+
+
+def test_tasks_and_losses_are_judged_too(tmp_path):
+    rng = np.random.default_rng(11)
+    results = suite_runs(rng, tasks=("sql", "shell"))
+    path = tmp_path / "baseline.json"
+    path.write_text(baseline_json(accept(results)))
+    baseline = load_baseline(path)
+    assert list(baseline.tasks) == ["sql", "shell"] and baseline.methods == {} and baseline.timing["lora"].rounds
+    assert failing(gate(results, baseline)) == set()
+    worse = [r.model_copy(update={"after": {"exact_match": 0.4}}) if (r.task, r.method) == ("sql", "lora") else r for r in results.cells]
+    assert ("lora on sql", "accuracy") in failing(gate(results_of(*worse), baseline))
+    assert ("lora on shell", "accuracy") not in failing(gate(results_of(*worse), baseline))
+
+    def losses(base: float) -> Results:
+        return results_of(*(record("lora", s, after={"loss": base + 0.002 * s}) for s in range(3)), metric="loss")
+
+    assert failing(gate(losses(0.5), accept(losses(0.5)))) == set() and failing(gate(losses(0.3), accept(losses(0.5)))) == set()
+    assert failing(gate(losses(0.6), accept(losses(0.5)))) == {("lora", "loss")}
+
+
+def test_another_machine_is_said():
+    rng = np.random.default_rng(12)
+    baseline = accept(suite_runs(rng)).model_copy(update={"machine": {"cores": 64}})
+    assert all("another machine" in v.words for v in gate(suite_runs(rng), baseline) if v.check != "accuracy")
+
+
+# --- what CI reads ------------------------------------------------------------------------------------------------------------
+
+
+def test_junit_is_well_formed_whatever_the_words():
+    verdicts = [Verdict("lo<ra>", True, 0.8, 0.8, 0.7, "fine"), Verdict("dora", False, None, 1.1, 1.2, 'a & "b"\x00 <c>\n]]>', "step time", "sql")]
+    root = ElementTree.fromstring(ci.junit("s&", verdicts))
+    assert root.tag == "testsuites" and [child.tag for child in root] == ["testsuite"]
+    for element in (root, root[0]):
+        assert (element.get("tests"), element.get("failures"), element.get("errors")) == ("2", "1", "0")
+    good, bad = root[0]
+    assert good.get("classname") == "s&.lo<ra>" and good.get("name") == "accuracy" and len(good) == 0
+    assert bad.get("name") == "step time on sql" and bad[0].tag == "failure" and bad[0].get("type") and "<c>" in bad[0].get("message")
+    assert set(good.keys()) == {"classname", "name", "time"}  # attributes that the schema of JUnit knows
+
+
+def test_summary_and_annotations_name_what_failed():
+    verdicts = [Verdict("lora", True, 0.8, 0.8, 0.7, "fine"), Verdict("a|b", False, 0.2, 0.8, 0.7, "100% lost\n::error::x")]
+    text = ci.summary("s", verdicts)
+    assert text.startswith("### Gate of suite s: 1 of 2 checks FAIL: a\\|b (accuracy).") and text.index("FAIL | 100%") < text.index("pass | fine")
+    assert len({line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert ci.github_annotations("s", verdicts) == ["::error title=s%3A a|b%2C accuracy::100%25 lost%0A::error::x"]
+    assert "all 1 checks pass" in ci.headline("s", verdicts[:1])
+
+
+def test_the_gate_command_leaves_what_ci_reads(tmp_path, monkeypatch, capfd):
+    rng = np.random.default_rng(13)
+    monkeypatch.chdir(tmp_path)
+    write_results(Path("good.json"), suite_runs(rng))
+    write_results(Path("slow.json"), suite_runs(rng, slow=1.1))
+
+    def code(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as caught:
+            main(["bench", *arguments])
+        return caught.value.code or 0
+
+    assert code("accept", "good.json", "--output", "baseline.json") == 0
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    Path("summary.md").write_text("of another step\n")
+    assert code("gate", "good.json", "--baseline", "baseline.json", "--junit", "out/gate.xml") == 0
+    assert "::error" not in capfd.readouterr().out
+    assert code("gate", "slow.json", "--baseline", "baseline.json", "--junit", "out/gate.xml") == 1
+    shown = capfd.readouterr().out
+    assert "::error title=s%3A lora%2C step time::" in shown and "checks FAIL: lora (step time), dora (step time)." in shown
+    assert ElementTree.parse("out/gate.xml").getroot().get("failures") == "2"
+    text = Path("summary.md").read_text()
+    assert text.startswith("of another step\n") and "all 9 checks pass" in text and "2 of 9 checks FAIL" in text
+    assert code("gate", "slow.json", "--baseline", "baseline.json", "--time-margin", "0.2") == 0

@@ -52,7 +52,7 @@ def junit(suite: str, verdicts: Sequence[Verdict]) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def annotations(suite: str, verdicts: Sequence[Verdict]) -> list[str]:
+def github_annotations(suite: str, verdicts: Sequence[Verdict]) -> list[str]:
     """Workflow commands of GitHub, one error per failed check."""
     failed = [v for v in verdicts if not v.passed]
     return [f"::error title={_escaped(f'{suite}: {v.name}, {v.check}', ':,')}::{_escaped(v.words)}" for v in failed]

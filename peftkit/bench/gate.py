@@ -16,7 +16,7 @@ p (1 - p) / examples being what chance alone does to a run whose answers are ind
 the mean of their differences: a fault in what they share shows there although each has few seeds.
 
 **Step time** is compared as the ratio to the frozen base, of the interleaved rounds of one process, which leaves the speed of the machine
-out. It fails where the rounds lie above `1 + time margin` times the baseline's (Mann and Whitney, one-sided at ALPHA).
+out. It fails where the rounds lie above `1 + time margin` times the baseline's (Mann and Whitney, one-sided at TIME_ALPHA).
 
 **Memory**, peak and kept for backward, fails where it is above `1 + memory margin` times the baseline's.
 
@@ -33,7 +33,6 @@ from scipy.special import stdtrit
 from scipy.stats import mannwhitneyu, wilcoxon
 
 from peftkit.bench.baseline import Baseline, BaselineMethod, BaselineTiming
-from peftkit.bench.compare import final_records
 from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Measure, measure
 from peftkit.config import ConfigError
@@ -41,7 +40,8 @@ from peftkit.config import ConfigError
 ALPHA = 0.01
 PRIOR = 4  # degrees of freedom
 LEAST = 0.01  # standard deviation of a seed's accuracy that is taken for granted
-ROUNDS = 7  # fewer cannot fail at ALPHA, however slow
+TIME_ALPHA = 0.2  # of steps that are slower by the margin itself: equal code is a whole margin away from it
+ROUNDS = 7  # fewer are no measurement
 ALL = "all methods"
 MARGIN, TIME_MARGIN, MEMORY_MARGIN = 0.02, 0.05, 0.10
 
@@ -119,7 +119,7 @@ def gate(results: Results, baseline: Baseline, margin: float | Margins = MARGIN)
 
 
 def _accuracies(results: Results, baseline: Baseline, margin: float) -> list[Verdict]:
-    final, of = final_records(results), measure(results.metric)
+    final, of = results.methods, measure(results.metric)
     check = results.metric if of.lower_is_better else "accuracy"
     entries = list(baseline.entries())
     count = len(entries) + (len(entries) > 1)  # and all methods together
@@ -226,17 +226,17 @@ def _step(method: str, expected: BaselineTiming, results: Results, margins: Marg
 
 
 def slower(rounds: np.ndarray, expected: BaselineTiming, margin: float = TIME_MARGIN) -> bool:
-    """Whether step time ratios lie above the baseline's by more than the margin, one-sided at ALPHA."""
+    """Whether step time ratios lie above the baseline's by more than the margin, one-sided at TIME_ALPHA."""
     if expected.rounds:
-        return bool(mannwhitneyu(rounds, np.array(expected.rounds) * (1 + margin), alternative="greater").pvalue < ALPHA)
+        return bool(mannwhitneyu(rounds, np.array(expected.rounds) * (1 + margin), alternative="greater").pvalue < TIME_ALPHA)
     over = rounds - expected.over_base * (1 + margin)
-    return bool(over.any() and wilcoxon(over, alternative="greater").pvalue < ALPHA)
+    return bool(over.any() and wilcoxon(over, alternative="greater").pvalue < TIME_ALPHA)
 
 
 def _memory(method: str, task: str, expected: BaselineMethod, results: Results, margin: float, elsewhere: str) -> list[Verdict]:
     if expected.peak_memory_bytes is None:
         return []
-    done = [record for record in final_records(results).get(method, []) if record.task == task and record.status == "done"]
+    done = [record for record in results.methods.get(method, []) if record.task == task and record.status == "done"]
     peaks = [record.train.get("peak_memory_bytes") for record in done]
     known = [peak for peak in peaks if peak]
     mean = float(np.mean(known)) if known and len(known) == len(peaks) else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftkit.bench.compare import done_on, final_records, task_names
+from peftkit.bench.compare import done_on, task_names
 from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Interval, Measure, mean_over_seeds, mean_over_tasks, measure
 
@@ -73,7 +73,7 @@ def to_target(results: Results, target_loss: float) -> list[ToTarget]:
     """For every method and task, when its final runs reached a loss. Evaluation loss is read where all runs of the task have one."""
     found = []
     for task in task_names(results):
-        runs = {method: done_on(records, task) for method, records in final_records(results).items()}
+        runs = {method: done_on(records, task) for method, records in results.methods.items()}
         evaluated = all(record.evaluations for records in runs.values() for record in records.values())
         loss = "evaluation loss" if evaluated else f"training loss (mean of {WINDOW} logged steps)"
         for method, records in runs.items():
@@ -105,7 +105,7 @@ def forgetting(results: Results, task: str | None = None) -> dict[str, Interval 
     """
     chosen = task_names(results) if task is None else [task]
     found: dict[str, Interval | None] = {}
-    for method, records in final_records(results).items():
+    for method, records in results.methods.items():
         lost = [[_lost(record) for record in done_on(records, each).values()] for each in chosen]
         whole = [[value for value in values if value is not None] for values in lost]
         found[method] = mean_over_tasks(whole) if all(values and len(kept) == len(values) for values, kept in zip(lost, whole, strict=True)) else None
@@ -154,7 +154,11 @@ def sensitivity(results: Results) -> list[Sensitivity]:
         if record.stage == "search" and record.learning_rate:
             by_steps = groups.setdefault((record.method, record.task), {})
             by_steps.setdefault(int(record.recipe.get("train", {}).get("max_steps") or 0), []).append(record)
-    found = [_sensitivity(method, task, steps, results.metric) for (method, task), steps in groups.items()]
+    found = []
+    for (method, task), by_steps in groups.items():
+        done = [record for records in by_steps.values() for record in records if record.status == "done"]
+        metric = results.metric if all(results.metric in record.after for record in done) else "loss"  # a search may measure no more
+        found.append(_sensitivity(method, task, by_steps, metric))
     return [each for each in found if each is not None]
 
 
@@ -163,9 +167,9 @@ def _sensitivity(method: str, task: str, by_steps: dict[int, list[Record]], metr
     sign = -1.0 if measure(metric).lower_is_better else 1.0
     values: dict[float, list[float]] = {}
     for record in records:
-        measured = record.after.get(metric) if record.status == "done" else None
-        if measured is not None or record.kind == "divergence":
-            values.setdefault(float(record.learning_rate or 0), []).append(-np.inf if measured is None else sign * measured)
+        value = record.after.get(metric) if record.status == "done" else None
+        if value is not None or record.kind == "divergence":
+            values.setdefault(float(record.learning_rate or 0), []).append(-np.inf if value is None else sign * value)
     rates = sorted(values)
     means = [float(np.mean(values[rate])) for rate in rates]
     if len(rates) < 2 or not np.isfinite(max(means)):

@@ -70,10 +70,10 @@ POINTS = Measure("accuracy")
 
 
 def measure(metric: str) -> Measure:
-    """Losses and perplexities are better when lower and are said as they are; everything else is a share, said in points."""
-    if metric.endswith("loss") or metric.endswith("perplexity"):
+    """Losses and perplexities are better when lower and are said as they are; BLEU has its own points; everything else is a share."""
+    if metric.endswith(("loss", "perplexity")):
         return Measure(metric, scale=1.0, unit=f"of {metric}", digits=4, lower_is_better=True)
-    return Measure(metric)
+    return Measure(metric, scale=1.0 if metric == "bleu" else 100.0)
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,13 @@ class Difference:
     def better(self) -> bool:
         return (self.mean < 0) == self.measure.lower_is_better and self.mean != 0
 
+    def size(self) -> str:
+        """The mean with its unit: +1.2 points."""
+        return f"{self.measure.number(self.mean)} {self.measure.unit}"
+
     def words(self, name: str, other: str, adjusted_p: float | None = None, comparisons: int = 1) -> str:
         """The difference as a sentence; with `adjusted_p`, of one comparison among several."""
-        m = self.measure
-        mean = f"{m.number(self.mean)} {m.unit}"
+        m, mean = self.measure, self.size()
         if self.seeds == 1:
             span = "" if np.isinf(self.low) else f"; 95% interval {m.number(self.low)} to {m.number(self.high)} for these two runs only"
             return f"{name} and {other} cannot be told apart by one seed: {mean} (how far seeds scatter is not known{span})"

@@ -1,4 +1,4 @@
-"""peftkit bench run | report | gate | accept: suites, side-by-side reports, and a gate for CI."""
+"""peftkit bench run | report | advise | gate | accept: suites, side-by-side reports, advice, and a gate for CI."""
 
 from __future__ import annotations
 
@@ -181,6 +181,39 @@ def report(
 
 
 @bench.command()
+def advise(
+    model: Annotated[str, typer.Option(help="A hub id, a local folder or builtin:tiny.")],
+    rows: Annotated[int, typer.Option(min=1, help="Training rows.")],
+    memory: Annotated[str, typer.Option(help="Of the GPU: 24GB or 24GiB.")],
+    results: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Measured results; may be repeated. By default benchmarks/results.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of the longest row.")] = 512,
+    json_: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Which setting to take, from measured records, with the evidence and its limits; exit 1 when nothing fits."""
+    import json
+
+    from rich.markup import escape
+
+    from peftkit.bench.advise import advise as advised
+    from peftkit.cli.common import quiet_libraries, stdout
+    from peftkit.console import table
+
+    quiet_libraries()
+    found = advised(model, rows, memory, results or [], max_length)
+    if json_:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        lines = [[each.name, escape(each.take), escape(each.evidence)] for each in found.settings]
+        stdout().print(table("advice", ["setting", "take", "evidence"], lines))
+        for limit in found.limits:
+            typer.echo(f"limit: {limit}")
+        if found.recipe:
+            typer.echo(f"\n{found.yaml()}", nl=False)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@bench.command()
 def gate(
     baseline: Annotated[str, typer.Option(metavar="FILE", help="Made by `bench accept`, or an earlier results.json.")],
     results: Annotated[str | None, typer.Argument(metavar="[RESULTS]", help="By default those of the suite in --folder.")] = None,
@@ -217,7 +250,7 @@ def gate(
     if summary:
         ci.append(Path(summary), ci.summary(loaded.suite, verdicts))
     if os.environ.get("GITHUB_ACTIONS"):
-        for line in ci.annotations(loaded.suite, verdicts):
+        for line in ci.github_annotations(loaded.suite, verdicts):
             typer.echo(line)
     if not all(verdict.passed for verdict in verdicts):
         raise typer.Exit(1)

@@ -22,11 +22,12 @@ SHOWN = 12  # numbers of a plain list that are written out; of a longer one thei
 
 def where(found: dict[str, Any], *packages: str) -> str:
     """Machine, versions, commit and day of a results file, as a sentence."""
-    machine, versions = found.get("machine", {}), found.get("versions", {})
-    named = [f"{package} {versions[package]}" for package in packages or versions if package in versions]
+    machine, versions, commit = found.get("machine", {}), found.get("versions", {}), found.get("commit") or ""
+    named = [f"{package} {versions[package]}" for package in packages or ("torch", "transformers", "peft", "bitsandbytes") if package in versions]
     threads = f", {machine['threads']} thread{'s' * (machine['threads'] != 1)}" if "threads" in machine else ""
     parts = [f"{machine.get('gpu') or machine.get('processor') or 'an unknown machine'}{threads}", ", ".join(named)]
-    parts += [f"commit {found['commit'][:18]}{' with changes' * bool(found.get('dirty'))}"] if found.get("commit") else []
+    short = commit if len(commit) < 40 else commit[:12]  # of git describe, or a whole hash
+    parts += [f"commit {short}{' with changes' * bool(found.get('dirty'))}"] if commit else []
     parts += [str(found.get("date") or found.get("created") or "")[:10]]
     return f"Measured on {'; '.join(part for part in parts if part)}."
 
@@ -211,7 +212,8 @@ def plain(path: Path) -> str:
             value = [{_words(key): name, **(entry if isinstance(entry, dict) else {"value": entry})} for name, entry in value.items()]
         if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
             columns = list(dict.fromkeys(name for entry in value for name in entry))
-            tables.append(table([_words(name) for name in columns], [[_number(entry.get(name, "")) for name in columns] for entry in value]))
+            rows = [[_number(entry.get(name, "")) for name in columns] for entry in value]
+            tables += [f"*{_words(key).capitalize()}*", table([_words(name) for name in columns], rows)]
         else:
             alone.append([_words(key), _number(value)])
     parts = [where(found), *([table(["what", "value"], alone)] if alone else []), *tables]

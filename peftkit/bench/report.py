@@ -76,9 +76,7 @@ def notes(results: Results) -> list[str]:
     found = compare(results) + comparisons_by_task(results)
     lines = [each.words() for each in found]
     if len(lines) > 1:
-        lines.append(
-            "What is told apart is by p values corrected (Holm) for all comparisons over all tasks, and for all of single tasks; the intervals are of each comparison by itself."
-        )
+        lines.append("Told apart: by p values corrected (Holm) over all comparisons of their kind, pooled or by task; an interval is of its comparison alone.")
     lines += [f"{each.method} against {each.other}: {plan(each.difference).words()}" for each in found if each.outcome == "equal" and each.difference]
     if results.target_loss is not None:
         lines += [each.words() for each in to_target(results, results.target_loss)]

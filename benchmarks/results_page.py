@@ -16,17 +16,18 @@ from peftkit.bench.cells import load_results
 from peftkit.bench.report import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
-WHERE = ("machine", "versions", "commit", "date")  # keys of a results file that say where its numbers are from
+WHERE = ("machine", "versions", "commit", "dirty", "date", "created")  # keys of a results file that say where its numbers are from
 SHOWN = 12  # numbers of a plain list that are written out; of a longer one their count is
 
 
 def where(found: dict[str, Any], *packages: str) -> str:
     """Machine, versions, commit and day of a results file, as a sentence."""
-    machine, versions = found.get("machine", {}), found.get("versions", {})
-    named = [f"{package} {versions[package]}" for package in packages or versions if package in versions]
+    machine, versions, commit = found.get("machine", {}), found.get("versions", {}), found.get("commit") or ""
+    named = [f"{package} {versions[package]}" for package in packages or ("torch", "transformers", "peft", "bitsandbytes") if package in versions]
     threads = f", {machine['threads']} thread{'s' * (machine['threads'] != 1)}" if "threads" in machine else ""
     parts = [f"{machine.get('gpu') or machine.get('processor') or 'an unknown machine'}{threads}", ", ".join(named)]
-    parts += [f"commit {found['commit']}"] if found.get("commit") else []
+    short = commit if len(commit) < 40 else commit[:12]  # of git describe, or a whole hash
+    parts += [f"commit {short}{' with changes' * bool(found.get('dirty'))}"] if commit else []
     parts += [str(found.get("date") or found.get("created") or "")[:10]]
     return f"Measured on {'; '.join(part for part in parts if part)}."
 
@@ -180,6 +181,25 @@ def suite(path: Path) -> str:
     return markdown(load_results(path))
 
 
+def suite_kills(path: Path) -> str:
+    """How many killed suites ended, run again, with the results of one left alone."""
+    found = json.loads(path.read_text())
+    runs = found["kills"]
+    after = [run["after_seconds"] for run in runs]
+    return (
+        f"{len(runs)} suites, {found['killed']} of them killed on their way (the others had ended before), after {min(after):.0f} to "
+        f"{max(after):.0f} s of {found['suite_seconds']:.0f}: run again, {found['same']} had the results of the one left alone, "
+        f"{len(runs) - found['same']} had not. {where(found)}"
+    )
+
+
+def sanity(path: Path) -> str:
+    """The verdicts of the harness beside those that are known beforehand."""
+    found = json.loads(path.read_text())
+    rows = [[line["what"], line["says"], "yes" if line["holds"] else "**no**"] for line in found["verdicts"]]
+    return f"{where(found)}\n\n{table(['what must be', 'what the harness says', 'as it must be'], rows)}"
+
+
 def plain(path: Path) -> str:
     """Any results file: its numbers in a table, its lists of records in tables of their own."""
     found = json.loads(path.read_text())
@@ -192,7 +212,8 @@ def plain(path: Path) -> str:
             value = [{_words(key): name, **(entry if isinstance(entry, dict) else {"value": entry})} for name, entry in value.items()]
         if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
             columns = list(dict.fromkeys(name for entry in value for name in entry))
-            tables.append(table([_words(name) for name in columns], [[_number(entry.get(name, "")) for name in columns] for entry in value]))
+            rows = [[_number(entry.get(name, "")) for name in columns] for entry in value]
+            tables += [f"*{_words(key).capitalize()}*", table([_words(name) for name in columns], rows)]
         else:
             alone.append([_words(key), _number(value)])
     parts = [where(found), *([table(["what", "value"], alone)] if alone else []), *tables]
@@ -225,12 +246,12 @@ BLOCKS: dict[str, tuple[tuple[str, ...], str, Callable[..., str]]] = {
     "gpu": (("gpu_llama8b", "gpu_kernels", "gpu_adapters"), "python -m benchmarks.gpu.llama8b", gpu),
     "memory": (("memory",), "python benchmarks/memory.py", memory),
     "memory:gpu": (("gpu_memory",), "python benchmarks/memory.py", memory),
-    "sanity": (("sanity",), "python benchmarks/sanity.py", plain),
+    "sanity": (("sanity",), "python benchmarks/sanity.py --output benchmarks/results/sanity.json", sanity),
     "coverage": (("coverage",), "python benchmarks/coverage.py", plain),
     "gate_rates": (("gate_rates",), "python benchmarks/gate_rates.py benchmarks/results/lora-many.json", gate_rates),
     "planted": (("planted",), "python benchmarks/planted.py", plain),
     "kills": (("kills",), "python benchmarks/kills.py", kills),
-    "suite_kills": (("suite_kills",), "python benchmarks/suite_kills.py", plain),
+    "suite_kills": (("suite_kills",), "python benchmarks/suite_kills.py --output benchmarks/results/suite_kills.json", suite_kills),
 }
 """Marker -> the results files, the command that writes them, and what makes a block of them."""
 

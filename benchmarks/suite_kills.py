@@ -26,6 +26,7 @@ from rich.console import Console
 from peftkit.bench.records import write_whole
 from peftkit.config import dump_yaml
 from peftkit.console import bar
+from peftkit.run import differences
 
 SUITE: dict[str, Any] = {
     "name": "killed",
@@ -58,7 +59,8 @@ def start(suite: Path, folder: Path, jobs: int) -> subprocess.Popen[bytes]:
 def without_times(folder: Path) -> dict[str, Any]:
     """results.json without what no two runs share."""
     content = json.loads((folder / SUITE["name"] / "results.json").read_text())
-    content.pop("created")
+    for key in ("created", "commit", "dirty"):
+        content.pop(key)
     for record in content["cells"]:
         for key in TIMES:
             record.pop(key, None)
@@ -90,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         if code := start(suite, alone, args.jobs).wait():
             sys.exit(f"the suite left alone ended with exit code {code}:\n{(Path(scratch) / 'alone.log').read_text()}")
         whole, expected = time.monotonic() - began, without_times(alone)
+        whole_results = json.loads((alone / SUITE["name"] / "results.json").read_text())
         with bar(console, "kills", args.kills) as progress:
             for i in range(args.kills):
                 folder, after = Path(scratch) / f"kill-{i}", rng.uniform(0, whole)
@@ -106,12 +109,13 @@ def main(arguments: list[str] | None = None) -> None:
                     {"after_seconds": round(after, 2), "killed": code == -signal.SIGKILL, "left": left, "rerun_exit_code": again, "same": found == expected}
                 )
                 if not kills[-1]["same"]:
-                    console.print(f"kill {i} after {after:.1f} s: other results\n{(Path(scratch) / f'kill-{i}.log').read_text()}", highlight=False)
+                    lines = "\n  ".join(differences(expected, found)) if found else (Path(scratch) / f"kill-{i}.log").read_text()
+                    console.print(f"kill {i} after {after:.1f} s: other results\n  {lines}", highlight=False, markup=False)
                 progress.advance()
     hits = [kill for kill in kills if kill["killed"]]
     print(f"{sum(kill['same'] for kill in kills)} of {len(kills)} suites ended with the results of the one left alone; {len(hits)} were killed on their way")
     if args.output:
-        origin = {key: expected[key] for key in ("commit", "dirty", "machine", "versions")}
+        origin = {key: whole_results[key] for key in ("commit", "dirty", "machine", "versions")}
         content = {"suite_seconds": whole, "kills": kills, "same": sum(kill["same"] for kill in kills), "killed": len(hits), **origin}
         write_whole(args.output, json.dumps(content | {"created": datetime.now(UTC).isoformat(timespec="seconds")}, indent=1) + "\n")
     if not all(kill["same"] for kill in kills):

@@ -179,7 +179,11 @@ def shrink(config: Any, tokenizer: Any, rank: int = 0, all_layers: bool = False)
         values["decoder_start_token_id"] = getattr(tokenizer, (same or ["pad_token_id"])[0])
     values |= {name: getattr(tokenizer, name) for name in special.values()}
     values.pop("model_type", None)
-    return type(config)(**values)
+    small = type(config)(**values)
+    for name, value in values.items():  # T5's config sets one switch by another
+        if isinstance(value, bool) and getattr(small, name, value) is not value:
+            setattr(small, name, value)
+    return small
 
 
 def _layers(kinds: list[str]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkit.bench.suite import Suite, load_suite, merge
+from peftkit.bench.suite import load_suite, merge
 from peftkit.config import read_yaml
 from peftkit.recipe import load_recipe
 from peftkit.rehearse import rehearse
@@ -85,7 +85,6 @@ def test_quality_suite_is_whole(name):
         assert row["source"] and (0 < row["value"] < 1 or row["metric"] == "bleu"), "values are in the unit of our metric"
 
 
-@pytest.mark.skipif("tasks" not in Suite.model_fields, reason="suites do not have tasks yet")
 @pytest.mark.parametrize("name", QUALITY)
 def test_quality_suite_loads(name, beside):
     suite = load_suite(QUALITY[name])
@@ -193,8 +192,22 @@ def test_any_results_file_becomes_tables(tmp_path):
         "verdicts": {"lora|again": {"told_apart": False, "mean": 0.12345}, "rank 1": {"told_apart": True, "mean": -0.2}},
         "power": [{"points": 5, "seen": 0.93}, {"points": 2, "seen": 0.4, "note": "few"}],
     }  # fmt: skip
-    (tmp_path / "sanity.json").write_text(json.dumps(found))
-    lines = results_page.block("sanity", tmp_path).splitlines()
+    (tmp_path / "coverage.json").write_text(json.dumps(found))
+    lines = results_page.block("coverage", tmp_path).splitlines()
     assert lines[0] == "Measured on a GPU; torch 2."
     assert "| false alarms | 0.005 |" in lines and "| holds | yes |" in lines and "| draws | 200 of them |" in lines and "| sizes | 1, 2 |" in lines
     assert "| lora\\|again | no | 0.1235 |" in lines and "| points | seen | note |" in lines and "| 5 | 0.93 |  |" in lines
+
+
+def test_verdicts_and_killed_suites_are_told(tmp_path):
+    where = {"machine": {"processor": "a CPU", "threads": 1}, "versions": {"torch": "2"}, "commit": "a" * 40, "dirty": True, "created": "2026-01-02T03:04:05"}
+    lines = [{"what": "a is b", "says": "they cannot be told apart", "holds": True}, {"what": "c is worse", "says": "c|d are alike", "holds": False}]
+    (tmp_path / "sanity.json").write_text(json.dumps({"verdicts": lines, "accuracy": {"a": 0.5}, **where}))
+    text = results_page.block("sanity", tmp_path)
+    assert "\n\n| what must be |" in text and "| a is b | they cannot be told apart | yes |" in text and "| c is worse | c\\|d are alike | **no** |" in text
+    assert f"commit {'a' * 12} with changes; 2026-01-02." in text and "1 thread;" in text
+    runs = [{"after_seconds": seconds, "killed": seconds < 9, "left": "", "rerun_exit_code": 0, "same": seconds != 4} for seconds in (9.5, 2, 4)]
+    (tmp_path / "suite_kills.json").write_text(json.dumps({"suite_seconds": 9, "kills": runs, "same": 2, "killed": 2, **where}))
+    text = results_page.block("suite_kills", tmp_path)
+    assert "3 suites, 2 of them killed on their way" in text and "after 2 to 10 s of 9" in text
+    assert "2 had the results of the one left alone, 1 had not" in text

@@ -16,11 +16,11 @@ from peftkit.bench import palette
 from peftkit.bench.answers import KEPT, read_answers, shared_examples, wrong_answers
 from peftkit.bench.cells import Results, load_results, write_results
 from peftkit.bench.charts import Axis, figures, mean_curve, pareto, thin
-from peftkit.bench.overview import comparisons, comparisons_by_task, in_one_sentence, pooled, tasks
+from peftkit.bench.compare import compare, task_names
+from peftkit.bench.overview import comparisons_by_task, in_one_sentence, score
 from peftkit.bench.page import html
 from peftkit.bench.plots import save_plots
 from peftkit.bench.report import markdown, table
-from peftkit.bench.statistics import Interval
 from peftkit.bench.svg import Scale, log_ticks, ticks
 from peftkit.cli import main
 
@@ -73,28 +73,18 @@ def test_a_method_without_a_final_cell_keeps_its_row():
 def test_tasks_weigh_the_same_whatever_their_size():
     cells = [record(method, "small", seed, level, 0.1, examples=20) for method, level in (("a", 0.9), ("b", 0.1)) for seed in range(3)]
     cells += [record(method, "large", seed, 0.5, 0.1, examples=200) for method in "ab" for seed in range(3)]
-    over_all, (small, large) = comparisons(results_of(*cells))[0], comparisons_by_task(results_of(*cells))
-    assert (small.task, large.task, over_all.task) == ("small", "large", "")
-    assert over_all.difference.mean == pytest.approx((small.difference.mean + large.difference.mean) / 2)
-    assert small.outcome == "worse" and large.outcome == "equal" and over_all.outcome == "worse"
-    assert over_all.words.endswith("mean of 2 tasks") and small.words.endswith("on small")
-
-
-def test_pooled_intervals_cover_the_mean_of_tasks():
-    import numpy as np
-
-    rng, covered, wide = np.random.default_rng(0), 0, 1.96
-    for _ in range(2000):
-        found = [Interval(mean := s * rng.standard_normal(), mean - wide * s, mean + wide * s) for s in (1.0, 2.0, 0.5)]
-        covered += pooled(found).low <= 0 <= pooled(found).high
-    assert 0.935 < covered / 2000 < 0.965
-    assert pooled([Interval(0.5, 0.4, 0.6), Interval(0.7)]) == Interval(0.6)
+    over_all, (small_one, large) = compare(results_of(*cells))[0], comparisons_by_task(results_of(*cells))
+    assert (small_one.task, large.task, over_all.task) == ("small", "large", None)
+    assert over_all.difference.mean == pytest.approx((small_one.difference.mean + large.difference.mean) / 2)
+    assert [each.outcome for each in (small_one, large, over_all)] == ["worse", "equal", "worse"]
+    by_task = [mean for mean in (score([c for c in cells if c.method == "a" and c.task == task], "exact_match").mean for task in ("small", "large"))]
+    assert score([c for c in cells if c.method == "a"], "exact_match").mean == pytest.approx(sum(by_task) / 2)
 
 
 def test_a_method_that_lacks_a_task_is_not_compared_over_all():
     cells = [record(method, task, seed, 0.8, 0.1) for method in "ab" for task in ("x", "y") for seed in range(2) if (method, task) != ("b", "y")]
-    found = comparisons(results_of(*cells, failed("b", "y", 0, "crash", "boom")))[0]
-    assert found.outcome == "unknown" and "b has no finished seed on y" in found.words
+    found = compare(results_of(*cells, failed("b", "y", 0, "crash", "boom")))[0]
+    assert found.outcome == "unknown" and "b has no finished seed on y" in found.words()
 
 
 @pytest.mark.parametrize(
@@ -370,7 +360,7 @@ def test_texts_in_figures_are_not_cut(browser, page_file):
 
 
 def test_the_order_of_tasks_is_that_of_the_suite():
-    assert tasks(synthetic()) == list(TASKS)
+    assert task_names(synthetic()) == list(TASKS)
 
 
 def test_learning_rates_by_loss_where_search_runs_have_no_other_score():
@@ -378,4 +368,4 @@ def test_learning_rates_by_loss_where_search_runs_have_no_other_score():
     cells = [each.model_copy(update={"after": {"loss": 1.0 / each.learning_rate}}) if each.stage == "search" else each for each in results.cells]
     figure = {each.key: each for each in figures(results.model_copy(update={"cells": cells}))}["learning-rates-sql"]
     assert {chart.y.label for chart in figure.charts} == {"loss"}
-    assert {(mark.x, round(mark.y, 6)) for mark in figure.charts[0].series[0].marks} == {(1e-3, 1e3), (3e-3, round(1 / 3e-3, 6)), (1e-2, 1e2), (3e-3, 0.2)}
+    assert {(mark.x, round(mark.y, 1)) for mark in figure.charts[0].series[0].marks} == {(1e-3, 1000.0), (3e-3, 333.3), (1e-2, 100.0), (3e-3, 0.2)}

@@ -40,7 +40,8 @@ recipe = yaml.safe_load(cell.read_text())
 fake, train, folder = recipe["fake"], recipe["train"], Path(recipe["output_dir"])
 rate, steps = train.get("learning_rate", 0.01), train.get("max_steps", 10)
 with open(fake["log"], "a") as log: log.write(f"{cell.parent.name.rsplit('-', 1)[0]} {steps}{' resumed' if resume else ''}\\n")
-if rate >= fake.get("diverges", 9): raise RuntimeError("non-finite loss (nan) at step 2")
+if rate >= fake.get("diverges", 9):
+    raise RuntimeError("non-finite loss (nan) at step 2")
 if fake.get("full_at") == steps: raise MemoryError
 if not resume: folder.mkdir(parents=True)
 (folder / "recipe.yaml").write_text("{}")
@@ -385,6 +386,15 @@ def test_a_budget_of_tokens_or_seconds_becomes_steps(tmp_path, stand_in, budget,
     assert [r.stage for r in results.cells] == ["final"]  # the short run is no result
     stand_in.run(stand_in.suite(methods={"m": {}}, budget=budget), tmp_path)
     assert len(stand_in.started) == 2
+
+
+def test_a_method_that_fails_before_its_cells_is_recorded_and_the_others_go_on(tmp_path, stand_in):
+    methods = {"broken": {"fake": {"diverges": "no number"}}, "good": {}}
+    for name, changes in {"budget": {"budget": {"tokens": 1200}}, "search": {"learning_rates": [0.01, 0.1], "search": {"rungs": [2]}}}.items():
+        stand_in.run(stand_in.suite(name=name, methods=methods, **changes), tmp_path)
+        results = load_results(tmp_path / name)
+        assert {record.method for record in results.failed} == {"broken"} and all(record.kind == "crash" for record in results.failed)
+        assert [record.status for record in results.methods["good"]] == ["done"]
 
 
 # --- the search for learning rates --------------------------------------------------------------------------------------------

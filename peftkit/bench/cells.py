@@ -49,7 +49,7 @@ def run_suite(
         searched = _search(suite, runner, code)
         rates = {(found.task, found.method): found.chosen for found in searched}
         steps = _steps(suite, runner, code, rates, planned.probes)
-        planned.final = [cell for cell in cells(suite, rates, steps) if (cell.task, cell.method) in rates or len(suite.rates_of(cell.method)) < 2]
+        planned.final = [cell for cell in cells(suite, rates, steps) if _decided(suite, cell, rates, steps)]
         _run(runner, planned.final, "")
         runner.jobs, planned.timing = 1, timing_cells(suite)  # one at a time, so that nothing else falls on the measured steps
         _run(runner, planned.timing, "step times: ")
@@ -80,6 +80,13 @@ class _Plan:
         return final + (len(self.timing) or (len(self.suite.methods) if self.suite.timing else 0))
 
 
+def _decided(suite: Suite, cell: Cell, rates: dict[tuple[str, str], float], steps: dict[tuple[str, str], int]) -> bool:
+    """Whether all that a search or a short run has to say of a cell was found out."""
+    at, budget = (cell.task, cell.method), suite.budget
+    measured = budget is not None and (budget.tokens is not None or budget.seconds is not None)
+    return (at in rates or len(suite.rates_of(cell.method)) < 2) and (at in steps or not measured)
+
+
 def _run(runner: Runner, planned: list[Cell], what: str) -> None:
     """Runs cells that do not depend on each other."""
     if not planned:
@@ -106,21 +113,22 @@ def _search(suite: Suite, runner: Runner, code: Code) -> list[Searched]:
 
 
 def _steps(suite: Suite, runner: Runner, code: Code, rates: dict[tuple[str, str], float], probes: set[str]) -> dict[tuple[str, str], int]:
-    """The steps that a budget of tokens or seconds comes to, from a short run of each method on each task."""
+    """The steps that a budget of tokens or seconds comes to, from a short run of each method on each task; without those whose run failed."""
     budget = suite.budget
     if budget is None or (budget.tokens is None and budget.seconds is None):
         return {}
 
-    def measure(task: str, method: str) -> tuple[tuple[str, str], int]:
+    def measure(task: str, method: str) -> tuple[tuple[str, str], int] | None:
         quick = {"eval": {"metrics": ["loss"], "retained": [], "before": False, "choices": None, "choice_length": "total", "match": "text"}}
         changes = merge(final_changes(suite, method, rates.get((task, method)), None), in_steps(PROBE))
         cell = make_cell(suite, code, task, method, suite.search.seeds[0], merge(changes, quick), "search")
-        probes.add(cell.folder)
         record = runner.record(cell)
         if record.status == "failed":
-            raise ConfigError(f"{record.failure()}: so the suite's budget cannot be told in steps; log: {record.log}")
+            return None
+        probes.add(cell.folder)
         of_step, allowed = (record.train["tokens"], budget.tokens) if budget.tokens else (record.train["seconds"], budget.seconds)
         assert allowed is not None
         return (task, method), max(round(allowed * record.train["steps"] / of_step), 1)
 
-    return dict(runner.all([partial(measure, task, method) for task in suite.task_names for method in suite.methods], lambda found: None))
+    wanted = [partial(measure, task, method) for task in suite.task_names for method in suite.methods]
+    return dict(found for found in runner.all(wanted, lambda found: None) if found is not None)

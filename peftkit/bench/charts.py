@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from peftkit.bench.overview import SHARES, done, percent_or_number, score, tasks
+from peftkit.bench.compare import task_names
+from peftkit.bench.overview import SHARES, done, percent_or_number, score
 from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Interval
 
@@ -83,12 +84,12 @@ class Figure:
 
 def figures(results: Results) -> list[Figure]:
     """All figures of a report, in its order."""
-    several = len(tasks(results)) > 1
+    several = len(task_names(results)) > 1
     found = [_accuracies(results), _against(results, "memory", "peak memory (MiB)", _peak)]
     ratio = [record for record in results.cells if record.stage == "timing" and record.status == "done"]
     found.append(_against(results, "step-time", "step time, x frozen base" if ratio else "seconds per step", _ratio(ratio) if ratio else _step_seconds))
     for of_task in (_learning_rates, _losses):
-        for i, task in enumerate(tasks(results)):
+        for i, task in enumerate(task_names(results)):
             figure = of_task(results, task, f"-{task}" if several else "")
             found.append(replace(figure, folded=i > 0))
     return found
@@ -104,7 +105,7 @@ def style_of(results: Results) -> dict[str, int]:
 
 def _accuracies(results: Results) -> Figure:
     """A dot and a whisker for each method, over all tasks and for each."""
-    names = tasks(results)
+    names = task_names(results)
     charts = [_dots(results, None, f"mean of {len(names)} tasks" if len(names) > 1 else "")]
     charts += [_dots(results, task, task) for task in names] if len(names) > 1 else []
     charts = [chart for chart in charts if chart.series]

@@ -10,7 +10,7 @@ nothing is called one in a report of twenty at most, however many methods and ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -46,6 +46,13 @@ class Comparison:
         """Whether `method` is told to be the better one."""
         return self.told_apart and self.difference is not None and self.difference.better
 
+    @property
+    def outcome(self) -> Literal["better", "worse", "equal", "unknown"]:
+        """Of `method`; equal: the two cannot be told apart."""
+        if self.difference is None:
+            return "unknown"
+        return "equal" if not self.told_apart else "better" if self.better else "worse"
+
     def words(self) -> str:
         where = f"{self.task}: " if self.task else ""
         if self.difference is None:
@@ -60,26 +67,20 @@ def compare(results: Results, pairs: Pairs = "first", by_task: bool = False, met
     pairs: every other method against the first, or each against each. metric: that of the results by default; one other than it is
     compared by its values per run, as are metrics without outcomes per example.
     """
-    final = final_records(results)
+    final = results.methods
     methods, tasks = list(final), task_names(results)
     couples = [(b, a) for a, b in combinations(methods, 2) if pairs == "all" or a == methods[0]]
     places: list[str | None] = [None, *(tasks if by_task and len(tasks) > 1 else [])]
     found = [_compare(a, b, task, final, tasks, results, metric or results.metric) for task in places for a, b in couples]
     with_p = [comparison for comparison in found if comparison.difference is not None]
     adjusted = dict(zip(map(id, with_p), holm([comparison.difference.p for comparison in with_p if comparison.difference]), strict=True))
-    return [
-        Comparison(each.method, each.other, each.task, each.difference, adjusted[id(each)], len(with_p), each.caveat) if id(each) in adjusted else each
-        for each in found
-    ]
+    return [replace(each, adjusted_p=adjusted[id(each)], comparisons=len(with_p)) if id(each) in adjusted else each for each in found]
 
 
-def final_records(results: Results) -> dict[str, list[Record]]:
-    """Records of final cells, those that failed included, by method."""
-    found: dict[str, list[Record]] = {}
-    for record in results.cells:
-        if record.stage == "final":
-            found.setdefault(record.method, []).append(record)
-    return found
+def against(results: Results, method: str, other: str, task: str | None = None) -> Comparison:
+    """One comparison by itself, on one task or (None) over all."""
+    found = _compare(method, other, task, results.methods, task_names(results), results, results.metric)
+    return replace(found, adjusted_p=found.difference.p) if found.difference else found
 
 
 def task_names(results: Results) -> list[str]:

@@ -33,7 +33,6 @@ from scipy.special import stdtrit
 from scipy.stats import mannwhitneyu, wilcoxon
 
 from peftkit.bench.baseline import Baseline, BaselineMethod, BaselineTiming
-from peftkit.bench.compare import final_records
 from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Measure, measure
 from peftkit.config import ConfigError
@@ -120,7 +119,7 @@ def gate(results: Results, baseline: Baseline, margin: float | Margins = MARGIN)
 
 
 def _accuracies(results: Results, baseline: Baseline, margin: float) -> list[Verdict]:
-    final, of = final_records(results), measure(results.metric)
+    final, of = results.methods, measure(results.metric)
     check = results.metric if of.lower_is_better else "accuracy"
     entries = list(baseline.entries())
     count = len(entries) + (len(entries) > 1)  # and all methods together
@@ -237,7 +236,7 @@ def slower(rounds: np.ndarray, expected: BaselineTiming, margin: float = TIME_MA
 def _memory(method: str, task: str, expected: BaselineMethod, results: Results, margin: float, elsewhere: str) -> list[Verdict]:
     if expected.peak_memory_bytes is None:
         return []
-    done = [record for record in final_records(results).get(method, []) if record.task == task and record.status == "done"]
+    done = [record for record in results.methods.get(method, []) if record.task == task and record.status == "done"]
     peaks = [record.train.get("peak_memory_bytes") for record in done]
     known = [peak for peak in peaks if peak]
     mean = float(np.mean(known)) if known and len(known) == len(peaks) else None

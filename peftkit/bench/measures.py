@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftkit.bench.compare import done_on, final_records, task_names
+from peftkit.bench.compare import done_on, task_names
 from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Interval, Measure, mean_over_seeds, mean_over_tasks, measure
 
@@ -73,7 +73,7 @@ def to_target(results: Results, target_loss: float) -> list[ToTarget]:
     """For every method and task, when its final runs reached a loss. Evaluation loss is read where all runs of the task have one."""
     found = []
     for task in task_names(results):
-        runs = {method: done_on(records, task) for method, records in final_records(results).items()}
+        runs = {method: done_on(records, task) for method, records in results.methods.items()}
         evaluated = all(record.evaluations for records in runs.values() for record in records.values())
         loss = "evaluation loss" if evaluated else f"training loss (mean of {WINDOW} logged steps)"
         for method, records in runs.items():
@@ -105,7 +105,7 @@ def forgetting(results: Results, task: str | None = None) -> dict[str, Interval 
     """
     chosen = task_names(results) if task is None else [task]
     found: dict[str, Interval | None] = {}
-    for method, records in final_records(results).items():
+    for method, records in results.methods.items():
         lost = [[_lost(record) for record in done_on(records, each).values()] for each in chosen]
         whole = [[value for value in values if value is not None] for values in lost]
         found[method] = mean_over_tasks(whole) if all(values and len(kept) == len(values) for values, kept in zip(lost, whole, strict=True)) else None

@@ -18,7 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from peftkit.bench.charts import Chart, Figure, figures, rate_of, style_of, with_interval
-from peftkit.bench.overview import comparisons, comparisons_by_task, done, in_one_sentence, percent_or_number, score, tasks
+from peftkit.bench.compare import compare, task_names
+from peftkit.bench.overview import comparisons_by_task, done, in_one_sentence, percent_or_number, score
 from peftkit.bench.palette import DARK, GREY, LIGHT, MUTED, PAGE, TEXT
 from peftkit.bench.records import Record, Results
 from peftkit.bench.report import Row, columns_and_rows, notes, table
@@ -43,11 +44,11 @@ def html(results: Results) -> str:
         sentence=in_one_sentence(results),
         columns=_columns(results),
         rows=_rows(results),
-        comparisons=comparisons(results),
-        by_task=comparisons_by_task(results) if len(tasks(results)) > 1 else [],
+        comparisons=compare(results),
+        by_task=comparisons_by_task(results),
         figures=[_drawn(figure, results) for figure in figures(results)],
-        tasks=tasks(results),
-        task_rows=_task_rows(results) if len(tasks(results)) > 1 else [],
+        tasks=task_names(results),
+        task_rows=_task_rows(results) if len(task_names(results)) > 1 else [],
         families=_families(results),
         answers=_answers(results),
         keys={method: _key(style) for method, style in style_of(results).items()},
@@ -126,7 +127,7 @@ def _task_rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for method, records in results.methods.items():
         cells = []
-        for task in tasks(results):
+        for task in task_names(results):
             found = score(done(records, task), results.metric)
             text = "-" if found is None else with_interval(found, lambda value: percent_or_number(results.metric, value))
             main, _, interval = text.partition(" (")
@@ -190,7 +191,7 @@ def _key(style: int) -> Markup:
 def _answers(results: Results) -> dict[str, Any]:
     """task -> texts, and of every method how many seeds got each example right, with the first wrong answer."""
     found: dict[str, Any] = {}
-    for task in tasks(results):
+    for task in task_names(results):
         methods = {}
         for method, records in results.methods.items():
             counted = [record for record in done(records, task) if record.outcomes]

@@ -9,9 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftkit.bench.overview import comparisons, comparisons_by_task, in_one_sentence, percent_or_number, score, tasks
+from peftkit.bench.compare import compare, task_names
+from peftkit.bench.measures import forgetting, sensitivity, to_target
+from peftkit.bench.overview import comparisons_by_task, in_one_sentence, percent_or_number, score
+from peftkit.bench.power import plan
 from peftkit.bench.records import Record, Results
-from peftkit.bench.statistics import Difference, Interval, mean_over_seeds
+from peftkit.bench.statistics import Interval, mean_over_seeds
 
 COLUMNS = (
     "method",
@@ -68,18 +71,16 @@ def table(results: Results) -> list[Row]:
     return [_row(method, records, results) for method, records in results.methods.items()]
 
 
-def differences(results: Results) -> list[tuple[str, Difference | None]]:
-    """Every other method against the first: its sentence, and the numbers, None where there is nothing to compare."""
-    return [(each.words, each.difference) for each in comparisons(results)]
-
-
 def notes(results: Results) -> list[str]:
-    """What stands below the table: differences, target, the base, failures, and where the numbers come from."""
-    lines = [sentence for sentence, _ in differences(results)]
-    if len(tasks(results)) > 1:
-        lines += [each.words for each in comparisons_by_task(results)]
+    """What stands below the table: differences, what would settle them, targets, learning rates, the base, failures, where it all comes from."""
+    found = compare(results) + comparisons_by_task(results)
+    lines = [each.words() for each in found]
     if len(lines) > 1:
-        lines.append(f"Intervals are of each comparison by itself: among {len(lines)}, some may leave out 0 by chance.")
+        lines.append("Told apart: by p values corrected (Holm) over all comparisons of their kind, pooled or by task; an interval is of its comparison alone.")
+    lines += [f"{each.method} against {each.other}: {plan(each.difference).words()}" for each in found if each.outcome == "equal" and each.difference]
+    if results.target_loss is not None:
+        lines += [each.words() for each in to_target(results, results.target_loss)]
+    lines += [each.words() for each in [*results.search, *sensitivity(results)]]
     if results.target is not None:
         reached = ", ".join(f"{row.method} {row.at_target} of {row.done + len(row.failed)}" for row in table(results))
         lines.append(f"Seeds that reached {results.metric} {results.target:.1%}: {reached}.")
@@ -109,7 +110,7 @@ def markdown(results: Results) -> str:
     columns, texts = columns_and_rows(results)
     lines = [_line(columns), _line(["---", "---", *["---:"] * (len(columns) - 2)]), *map(_line, texts)]
     lines = [f"### Suite {results.suite}: {results.metric}", "", _escaped(in_one_sentence(results)), "", *lines, ""]
-    if len(tasks(results)) > 1:
+    if len(task_names(results)) > 1:
         lines += [*_task_table(results), ""]
     return "\n".join([*lines, *(f"- {_escaped(line)}" for line in notes(results))]) + "\n"
 
@@ -118,15 +119,15 @@ def columns_and_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """The table as texts, without the columns that no method measured."""
     rows = [row.texts(results.metric) for row in table(results)]
     shown = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] != "-" for row in rows)]
-    names = ["cells" if name == "seeds" and len(tasks(results)) > 1 else name for name in COLUMNS]
+    names = ["cells" if name == "seeds" and len(task_names(results)) > 1 else name for name in COLUMNS]
     return [names[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def _task_table(results: Results) -> list[str]:
     """Methods by tasks."""
-    lines = [_line(["method", *tasks(results)]), _line(["---", *["---:"] * len(tasks(results))])]
+    lines = [_line(["method", *task_names(results)]), _line(["---", *["---:"] * len(task_names(results))])]
     for method, records in results.methods.items():
-        cells = [score([record for record in records if record.task == task], results.metric) for task in tasks(results)]
+        cells = [score([record for record in records if record.task == task], results.metric) for task in task_names(results)]
         lines.append(_line([method, *(_with_interval(cell, lambda value: percent_or_number(results.metric, value)) for cell in cells)]))
     return lines
 
@@ -149,7 +150,7 @@ def _row(method: str, records: Sequence[Record], results: Results) -> Row:
         at_target=None if results.target is None else sum(score >= results.target for score in scores),
         before=before.mean if before else None,
         accuracy=score(done, results.metric),
-        forgetting=_measured(done, lambda record: record.before["retained_exact_match"] - record.after["retained_exact_match"]),
+        forgetting=forgetting(results)[method],
         step_ratio=_step_ratio(method, results),
         tokens_per_second=_measured(done, lambda record: record.train["tokens_per_second"]),
         peak_memory_bytes=_measured(done, lambda record: record.train["peak_memory_bytes"]),

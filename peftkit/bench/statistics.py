@@ -117,10 +117,13 @@ class Difference:
     def better(self) -> bool:
         return (self.mean < 0) == self.measure.lower_is_better and self.mean != 0
 
+    def size(self) -> str:
+        """The mean with its unit: +1.2 points."""
+        return f"{self.measure.number(self.mean)} {self.measure.unit}"
+
     def words(self, name: str, other: str, adjusted_p: float | None = None, comparisons: int = 1) -> str:
         """The difference as a sentence; with `adjusted_p`, of one comparison among several."""
-        m = self.measure
-        mean = f"{m.number(self.mean)} {m.unit}"
+        m, mean = self.measure, self.size()
         if self.seeds == 1:
             span = "" if np.isinf(self.low) else f"; 95% interval {m.number(self.low)} to {m.number(self.high)} for these two runs only"
             return f"{name} and {other} cannot be told apart by one seed: {mean} (how far seeds scatter is not known{span})"

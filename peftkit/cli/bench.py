@@ -1,4 +1,4 @@
-"""peftkit bench run | report | gate | accept: suites, side-by-side reports, and a gate for CI."""
+"""peftkit bench run | report | advise | gate | accept: suites, side-by-side reports, advice, and a gate for CI."""
 
 from __future__ import annotations
 
@@ -178,6 +178,39 @@ def report(
         Path(output).write_text(text)
     else:
         typer.echo(text, nl=False)
+
+
+@bench.command()
+def advise(
+    model: Annotated[str, typer.Option(help="A hub id, a local folder or builtin:tiny.")],
+    rows: Annotated[int, typer.Option(min=1, help="Training rows.")],
+    memory: Annotated[str, typer.Option(help="Of the GPU: 24GB or 24GiB.")],
+    results: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Measured results; may be repeated. By default benchmarks/results.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of the longest row.")] = 512,
+    json_: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Which setting to take, from measured records, with the evidence and its limits; exit 1 when nothing fits."""
+    import json
+
+    from rich.markup import escape
+
+    from peftkit.bench.advise import advise as advised
+    from peftkit.cli.common import quiet_libraries, stdout
+    from peftkit.console import table
+
+    quiet_libraries()
+    found = advised(model, rows, memory, results or [], max_length)
+    if json_:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        lines = [[each.name, escape(each.take), escape(each.evidence)] for each in found.settings]
+        stdout().print(table("advice", ["setting", "take", "evidence"], lines))
+        for limit in found.limits:
+            typer.echo(f"limit: {limit}")
+        if found.recipe:
+            typer.echo(f"\n{found.yaml()}", nl=False)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 @bench.command()

@@ -68,18 +68,18 @@ class Budget:
         return found.total + self.reserve(found) <= self.bytes
 
 
-def parse_bytes(text: str) -> int:
-    """24GB -> 24 * 10^9, 24GiB -> 24 * 2^30. Raises ConfigError."""
+def parse_bytes(text: str, option: str = "--gpu") -> int:
+    """24GB -> 24 * 10^9, 24GiB -> 24 * 2^30. Raises ConfigError, which names the option."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0 or not match[2]:
-        raise ConfigError(f"--gpu: {text!r} is no size of memory; write it as 24GB (10^9 bytes) or 24GiB (2^30)")
+        raise ConfigError(f"{option}: {text!r} is no size of memory; write it as 24GB (10^9 bytes) or 24GiB (2^30)")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def budget(gpu: str | None = None) -> Budget:
+def budget(gpu: str | None = None, option: str = "--gpu") -> Budget:
     """The named GPU, else this machine's, else the memory that its processes can still have. Raises ConfigError."""
     if gpu is not None:
-        return Budget(parse_bytes(gpu), f"a GPU of {gpu.strip()}", True)
+        return Budget(parse_bytes(gpu, option), f"a GPU of {gpu.strip()}", True)
     if torch.cuda.is_available():
         return Budget(torch.cuda.mem_get_info()[0], f"free on this machine's GPU ({torch.cuda.get_device_name()})", True)
     return Budget(_available(), "free on this machine, which has no GPU", False)

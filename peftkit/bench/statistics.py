@@ -22,7 +22,9 @@ variances add, and each level has the degrees of freedom of Welch and Satterthwa
 1 - confidence whose interval leaves out 0: it never contradicts the interval.
 
 Measured by benchmarks/coverage.py (benchmarks/results/coverage.json) on simulated answers of 3 seeds and 200 examples (logistic, with
-seed and example effects): the 95% interval covers the truth in COVERAGE.
+seed and example effects): the 95% interval of an accuracy covers the truth in 100% of cases where seeds do not scatter, 96% where they
+scatter by 4 points, 90% where they scatter by 8; that of a difference in 100%, 94% and 90%, over three tasks in 99%, 92% and 90%. Equal
+methods are told apart in 0%, 6% and 12%. More seeds close that gap.
 """
 
 from __future__ import annotations

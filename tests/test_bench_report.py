@@ -17,7 +17,7 @@ from peftkit.bench.answers import KEPT, read_answers, shared_examples, wrong_ans
 from peftkit.bench.cells import Results, load_results, write_results
 from peftkit.bench.charts import Axis, figures, mean_curve, pareto, thin
 from peftkit.bench.compare import compare, task_names
-from peftkit.bench.overview import in_one_sentence
+from peftkit.bench.overview import comparisons_by_task, in_one_sentence, score
 from peftkit.bench.page import html
 from peftkit.bench.plots import save_plots
 from peftkit.bench.report import markdown, table
@@ -73,10 +73,12 @@ def test_a_method_without_a_final_cell_keeps_its_row():
 def test_tasks_weigh_the_same_whatever_their_size():
     cells = [record(method, "small", seed, level, 0.1, examples=20) for method, level in (("a", 0.9), ("b", 0.1)) for seed in range(3)]
     cells += [record(method, "large", seed, 0.5, 0.1, examples=200) for method in "ab" for seed in range(3)]
-    over_all, small, large = compare(results_of(*cells), by_task=True)
-    assert (small.task, large.task, over_all.task) == ("small", "large", None)
-    assert over_all.difference.mean == pytest.approx((small.difference.mean + large.difference.mean) / 2)
-    assert small.outcome == "worse" and large.outcome == "equal" and over_all.outcome == "worse"
+    over_all, (small_one, large) = compare(results_of(*cells))[0], comparisons_by_task(results_of(*cells))
+    assert (small_one.task, large.task, over_all.task) == ("small", "large", None)
+    assert over_all.difference.mean == pytest.approx((small_one.difference.mean + large.difference.mean) / 2)
+    assert [each.outcome for each in (small_one, large, over_all)] == ["worse", "equal", "worse"]
+    by_task = [mean for mean in (score([c for c in cells if c.method == "a" and c.task == task], "exact_match").mean for task in ("small", "large"))]
+    assert score([c for c in cells if c.method == "a"], "exact_match").mean == pytest.approx(sum(by_task) / 2)
 
 
 def test_a_method_that_lacks_a_task_is_not_compared_over_all():

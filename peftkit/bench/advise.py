@@ -19,7 +19,7 @@ from peftkit.bench.charts import rate_of, with_interval
 from peftkit.bench.compare import Comparison, against, task_names
 from peftkit.bench.overview import done, percent_or_number, score
 from peftkit.config import ConfigError, dump_yaml
-from peftkit.forecast import Budget, Forecast, Plan, Row, Skeleton, budget, largest_micro_batch, of_micro_batch
+from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch
 from peftkit.memory import human
 from peftkit.model import load_config
 from peftkit.recipe import Recipe, load_recipe
@@ -171,7 +171,7 @@ def _choose(
             except ConfigError as error:  # targets by name that this model does not have, say
                 unfit.append(f"{method} cannot be used on {model}: {str(error).splitlines()[0]}")
                 continue
-            plan = Plan([Row(max_length, max_length)] * recipe.train.batch_size)
+            plan = Plan(Sizes.of([Row(max_length, max_length)] * recipe.train.batch_size))
             if there.holds(smallest := of_micro_batch(skeleton, plan, 1)):
                 micro = largest_micro_batch(skeleton, plan, there)
                 _tell_choice(advice, found, best, method, contenders, ordered)
@@ -328,10 +328,10 @@ def _tell_limits(advice: Advice, found: Evidence, size: int, model: str, compari
 
 
 def _reach(comparison: Comparison) -> str:
-    assert comparison.difference is not None
-    difference = comparison.difference
-    most = difference.high if difference.measure.lower_is_better else -difference.low
-    return f"{difference.measure.number(max(most, 0.0), sign=False)} {difference.measure.unit}"
+    """The most that the best method may be ahead of the one chosen."""
+    d = comparison.difference
+    assert d is not None
+    return f"{d.measure.number(max(d.high if d.measure.lower_is_better else -d.low, 0.0), sign=False)} {d.measure.unit}"
 
 
 def _cells(found: Evidence, method: str) -> str:

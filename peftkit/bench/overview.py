@@ -1,10 +1,10 @@
-"""Methods side by side: accuracy by task and over all tasks, and what is known of their differences in one sentence."""
+"""Methods side by side: their metric over all tasks, what differs from the first one, and the sentence that a report begins with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftkit.bench.compare import compare, task_names
+from peftkit.bench.compare import Comparison, compare, task_names
 from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Interval, mean_over_tasks, pooled_accuracy
 
@@ -17,42 +17,48 @@ def done(records: Sequence[Record], task: str | None = None) -> list[Record]:
 
 
 def score(records: Sequence[Record], metric: str) -> Interval | None:
-    """The metric of a method's records, tasks weighing the same; None where no cell is done.
+    """The metric of a method's records, as the mean over their tasks; None where no cell is done.
 
     Over seeds and examples where all seeds of a task answered the same ones, else over seeds alone.
     """
     by_task = [part for task in dict.fromkeys(record.task for record in records) if (part := done(records, task))]
     if not by_task:
         return None
-    if metric in SHARES and all(len({record.examples for record in part}) == 1 and all(record.outcomes for record in part) for part in by_task):
+    same = all(len({record.examples for record in part}) == 1 and all(record.outcomes for record in part) for part in by_task)
+    if same and metric in SHARES:
         return pooled_accuracy([[record.outcomes for record in part] for part in by_task])
     return mean_over_tasks([[record.after[metric] for record in part] for part in by_task])
 
 
+def comparisons_by_task(results: Results) -> list[Comparison]:
+    """Every other method against the first, task by task; none where there is one task."""
+    return [each for each in compare(results, by_task=True) if each.task is not None]
+
+
 def in_one_sentence(results: Results) -> str:
     """What is known, first of all: which methods differ from the first one and whether all cells ran."""
-    found, tasks = compare(results), task_names(results)
+    found = compare(results)
     cells = [record for records in results.methods.values() for record in records]
     state = f"{len(done(cells))} of {len(cells)} cells done" + (f", {len(results.failed)} failed" if results.failed else "")
-    seeds = {len(done(records)) // max(len(tasks), 1) for records in results.methods.values()}
-    by_outcome = {outcome: [each.method for each in found if each.outcome == outcome] for outcome in ("better", "worse", "equal", "unknown")}
+    seeds = {len(done(records)) // max(len(task_names(results)), 1) for records in results.methods.values()}
+    by_outcome = {said: [each.method for each in found if each.outcome == said] for said in ("better", "worse", "equal", "unknown")}
     if not found:
         only = next(iter(results.methods), None)
         interval = score(results.methods[only], results.metric) if only else None
         said = f"{only}: {percent_or_number(results.metric, interval.mean)} {results.metric}" if interval else "Nothing is measured"
         return f"{said}; {state}."
     reference, parts = found[0].other, []
-    for outcome in ("better", "worse"):
-        named = [f"{each.method} ({each.difference.size()})" for each in found if each.outcome == outcome and each.difference]
+    for side in ("better", "worse"):
+        named = [f"{each.method} ({d.measure.number(d.mean)} {d.measure.unit})" for each in found if each.outcome == side and (d := each.difference)]
         if named:
-            parts.append(f"{_and(named)} {'is' if len(named) == 1 else 'are'} {outcome} than {reference}")
+            parts.append(f"{_and(named)} {'is' if len(named) == 1 else 'are'} {side} than {reference}")
     if equal := by_outcome["equal"]:
         some = f"{_and(equal) if len(equal) < 4 else f'{len(equal)} methods'} cannot be told apart"
         parts.append(f"{f'None of {len(equal)} methods can be told apart' if len(equal) == len(found) > 2 else some} from {reference}")
     if by_outcome["unknown"]:
         parts.append(f"{_and(by_outcome['unknown'])} cannot be compared with {reference}")
     spread = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else "1 seed" if seeds == {1} else f"{max(seeds)} seeds"
-    each_task = " a task" if len(tasks) > 1 else ""
+    each_task = " a task" if len(task_names(results)) > 1 else ""
     return f"{'; '.join(parts)} ({spread}{each_task}; {state})."
 
 

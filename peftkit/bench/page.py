@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from peftkit.bench.charts import Chart, Figure, figures, rate_of, style_of, with_interval
 from peftkit.bench.compare import compare, task_names
-from peftkit.bench.overview import done, in_one_sentence, percent_or_number, score
+from peftkit.bench.overview import comparisons_by_task, done, in_one_sentence, percent_or_number, score
 from peftkit.bench.palette import DARK, GREY, LIGHT, MUTED, PAGE, TEXT
 from peftkit.bench.records import Record, Results
 from peftkit.bench.report import Row, columns_and_rows, notes, table
@@ -33,7 +33,6 @@ WIDE, HALF, NARROW, SMALL = 1080, 540, 350, 300  # widths of figures: the page's
 
 def html(results: Results) -> str:
     """The whole page."""
-    compared = compare(results, by_task=True)
     environment = Environment(loader=FileSystemLoader(FILES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["column"] = lambda name: {"name": name, "kind": "number", "first": "descending"}
     style, script = _colours() + (FILES / "page.css").read_text(), (FILES / "page.js").read_text()
@@ -45,8 +44,8 @@ def html(results: Results) -> str:
         sentence=in_one_sentence(results),
         columns=_columns(results),
         rows=_rows(results),
-        comparisons=[each for each in compared if each.task is None],
-        by_task=[each for each in compared if each.task is not None],
+        comparisons=compare(results),
+        by_task=comparisons_by_task(results),
         figures=[_drawn(figure, results) for figure in figures(results)],
         tasks=task_names(results),
         task_rows=_task_rows(results) if len(task_names(results)) > 1 else [],

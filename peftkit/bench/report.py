@@ -11,7 +11,7 @@ from rich.text import Text
 
 from peftkit.bench.compare import compare, task_names
 from peftkit.bench.measures import forgetting, sensitivity, to_target
-from peftkit.bench.overview import in_one_sentence, percent_or_number, score
+from peftkit.bench.overview import comparisons_by_task, in_one_sentence, percent_or_number, score
 from peftkit.bench.power import plan
 from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Interval, mean_over_seeds
@@ -73,12 +73,14 @@ def table(results: Results) -> list[Row]:
 
 def notes(results: Results) -> list[str]:
     """What stands below the table: differences, what would settle them, targets, learning rates, the base, failures, where it all comes from."""
-    found = compare(results, by_task=True)
+    found = compare(results) + comparisons_by_task(results)
     lines = [each.words() for each in found]
+    if len(lines) > 1:
+        lines.append("Told apart: by p values corrected (Holm) over all comparisons of their kind, pooled or by task; an interval is of its comparison alone.")
     lines += [f"{each.method} against {each.other}: {plan(each.difference).words()}" for each in found if each.outcome == "equal" and each.difference]
     if results.target_loss is not None:
         lines += [each.words() for each in to_target(results, results.target_loss)]
-    lines += [each.words() for each in results.search] + [each.words() for each in sensitivity(results)]
+    lines += [each.words() for each in [*results.search, *sensitivity(results)]]
     if results.target is not None:
         reached = ", ".join(f"{row.method} {row.at_target} of {row.done + len(row.failed)}" for row in table(results))
         lines.append(f"Seeds that reached {results.metric} {results.target:.1%}: {reached}.")

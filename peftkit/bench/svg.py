@@ -12,6 +12,7 @@ from peftkit.bench.charts import Axis, Chart, Mark, Series
 CHARACTER = 6.6  # width of a character at 12 px, about
 SHAPES = 8
 COLOURS = 10
+HIGH = 13  # of a line of text, baseline to top
 RIGHT = 22  # room for half of a label at the end of the axis
 
 
@@ -104,16 +105,18 @@ def _axes(chart: Chart, x: Scale, y: Scale, left: float, top: float, width: int,
     label = Markup('<text class="{}" x="{}" y="{}">{}</text>')
     parts = []
     for tick in x.ticks:
-        parts += [line.format("grid", _n(x(tick)), _n(x(tick)), _n(top), _n(floor)), label.format("tick mid", _n(x(tick)), _n(floor + 16), x.text(tick))]
+        middle = min(x(tick), width - len(x.text(tick)) * CHARACTER / 2)  # the label at the edge stays within the drawing
+        parts += [line.format("grid", _n(x(tick)), _n(x(tick)), _n(top), _n(floor)), label.format("tick mid", _n(middle), _n(floor + 16), x.text(tick))]
     for tick in y.ticks:
         text, room = y.text(tick), int(left / CHARACTER)
         shown = text if len(text) <= room else text[: room - 1] + "…"
-        parts += [line.format("grid", _n(left), _n(width - RIGHT), _n(y(tick)), _n(y(tick))), label.format("tick end", _n(left - 6), _n(y(tick) + 4), shown)]
+        parts.append(line.format("grid", _n(left), _n(width - RIGHT), _n(y(tick)), _n(y(tick))))
+        parts.append(label.format("tick end", _n(left - 6), _n(max(y(tick) + 4, HIGH)), shown))
     if chart.x.label:
         parts.append(label.format("name mid", _n((left + width - RIGHT) / 2), _n(floor + 36), chart.x.label))
     if chart.y.label:
-        middle = _n((top + floor) / 2)
-        parts.append(Markup('<text class="name mid" transform="translate(12 {}) rotate(-90)">{}</text>').format(middle, chart.y.label))
+        turned = Markup('<text class="name mid" transform="translate(12 {}) rotate(-90)">{}</text>')
+        parts.append(turned.format(_n((top + floor) / 2), chart.y.label))
     return parts
 
 

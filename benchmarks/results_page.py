@@ -200,6 +200,13 @@ def sanity(path: Path) -> str:
     return f"{where(found)}\n\n{table(['what must be', 'what the harness says', 'as it must be'], rows)}"
 
 
+def brief(report: str) -> str:
+    """A suite's report without its notes but the last, which says where the numbers are from."""
+    lines = report.strip().splitlines()
+    notes = [line for line in lines if line.startswith("- ")]
+    return "\n".join([line for line in lines if line not in notes] + notes[-1:])
+
+
 def plain(path: Path) -> str:
     """Any results file: its numbers in a table, its lists of records in tables of their own."""
     found = json.loads(path.read_text())

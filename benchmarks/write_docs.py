@@ -32,7 +32,7 @@ from peftkit.train import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this script may be called from anywhere
 
-from benchmarks.results_page import BLOCKS, block, table  # noqa: E402
+from benchmarks.results_page import BLOCKS, block, brief, table  # noqa: E402
 
 SCORES, ARCHITECTURES = BUILTIN / "tiny" / "scores.json", ROOT / "benchmarks" / "results" / "architectures.json"
 SECTIONS: dict[str, type[Config]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
@@ -132,6 +132,7 @@ def blocks() -> dict[Path, dict[str, str]]:
     }
     for page, markers in shown.items():
         found[page] = found.get(page, {}) | {marker: block(marker) for marker in markers}
+    found[ROOT / "README.md"]["results"] = brief(block("results"))
     return found
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from peftkit import data, evaluate, forecast, methods
 from peftkit import train as training
 from peftkit.checkpoint import checkpoints, save_adapter
+from peftkit.compiling import compile_blocks, uncompiled
 from peftkit.config import ConfigError, read_yaml
 from peftkit.console import bar
 from peftkit.energy import energy_joules
@@ -71,6 +72,11 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     if recipe.train.full_finetuning:
         model.requires_grad_(True)
     training.enable_checkpointing(model, recipe.train.gradient_checkpointing)
+    if recipe.train.compile:
+        try:
+            console.print(f"compiles {compile_blocks(model)} blocks in the first steps", highlight=False)
+        except ValueError as error:
+            raise ConfigError(f"train.compile: {error}; leave it out") from error
     loss = TokenLoss(model)
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 
@@ -309,7 +315,7 @@ class Scorer:
         total = evaluate.steps(self.main, self.retained, self.recipe.eval)
         if not total:
             return {}
-        with bar(self.console, f"evaluation {when} training", total) as shown, self.guard(f"{when} training"):
+        with bar(self.console, f"evaluation {when} training", total) as shown, self.guard(f"{when} training"), uncompiled():
             found = evaluate.evaluate(
                 self.model, self.tokenizer, self.loss, self.main, self.retained, self.recipe.eval,
                 lambda examples: to_batch([[example] for example in examples], self.loss), lambda count: shown.advance(count),
@@ -333,9 +339,10 @@ class Scorer:
     def loss_now(self) -> float:
         """The loss on the evaluation set, in the middle of training."""
         config = self.recipe.eval.model_copy(update={"metrics": ["loss"]})
-        found = evaluate.evaluate(
-            self.model, self.tokenizer, self.loss, self.main, [], config, lambda examples: to_batch([[example] for example in examples], self.loss)
-        )
+        with uncompiled():
+            found = evaluate.evaluate(
+                self.model, self.tokenizer, self.loss, self.main, [], config, lambda examples: to_batch([[example] for example in examples], self.loss)
+            )
         return found.values["loss"]
 
 

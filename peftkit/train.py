@@ -62,6 +62,8 @@ class TrainConfig(Config):
     """auto: paged 8-bit AdamW for qlora on a GPU, else AdamW. The paged one needs a GPU."""
     gradient_checkpointing: Checkpointing = False
     """Compute activations again in backward instead of keeping them; selective keeps the output of fused attention."""
+    compile: bool = False
+    """Run the model's blocks through torch.compile, adapters included: costs a minute or so at the start; not for a quantised base."""
     full_finetuning: bool = False
     """Train every parameter of the base (fp32 weights, bfloat16 arithmetic where there is any) instead of adapters."""
     seed: int = Field(0, ge=0, lt=2**32)

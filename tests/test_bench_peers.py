@@ -211,3 +211,9 @@ def test_verdicts_and_killed_suites_are_told(tmp_path):
     text = results_page.block("suite_kills", tmp_path)
     assert "3 suites, 2 of them killed on their way" in text and "after 2 to 10 s of 9" in text
     assert "2 had the results of the one left alone, 1 had not" in text
+
+
+def test_a_brief_report_keeps_the_table_and_the_origin():
+    report = "### Suite s\n\nfirst\n\n| a |\n| --- |\n| 1 |\n\n- lora and dora cannot be told apart\n- another\n- 2026; commit abc.\n"
+    assert results_page.brief(report) == "### Suite s\n\nfirst\n\n| a |\n| --- |\n| 1 |\n\n- 2026; commit abc."
+    assert results_page.brief("Not measured yet.") == "Not measured yet."

@@ -12,6 +12,7 @@ from peftkit.bench.charts import Axis, Chart, Mark, Series
 CHARACTER = 6.6  # width of a character at 12 px, about
 SHAPES = 8
 COLOURS = 10
+RIGHT = 22  # room for half of a label at the end of the axis
 
 
 class Scale:
@@ -67,7 +68,7 @@ def render(chart: Chart, width: int, height: int, name: str) -> Markup:
     y = Scale(chart.y, ys, *((top, height - bottom) if chart.y.categories else (height - bottom, top)), most=max(2, height // 45))
     longest = max((len(y.text(tick)) for tick in y.ticks), default=1)
     left = min(longest, width * 0.4 / CHARACTER) * CHARACTER + (10 if chart.y.categories else 34)
-    x = Scale(chart.x, xs, left, width - 16, most=max(2, int((width - left) // 64)))
+    x = Scale(chart.x, xs, left, width - RIGHT, most=max(2, int((width - left) // 64)))
 
     parts = [Markup('<title id="{0}-t">{1}</title><desc id="{0}-d">{2}</desc>').format(name, chart.title or chart.x.label or name, chart.told)]
     if chart.title:
@@ -107,9 +108,9 @@ def _axes(chart: Chart, x: Scale, y: Scale, left: float, top: float, width: int,
     for tick in y.ticks:
         text, room = y.text(tick), int(left / CHARACTER)
         shown = text if len(text) <= room else text[: room - 1] + "…"
-        parts += [line.format("grid", _n(left), _n(width - 16), _n(y(tick)), _n(y(tick))), label.format("tick end", _n(left - 6), _n(y(tick) + 4), shown)]
+        parts += [line.format("grid", _n(left), _n(width - RIGHT), _n(y(tick)), _n(y(tick))), label.format("tick end", _n(left - 6), _n(y(tick) + 4), shown)]
     if chart.x.label:
-        parts.append(label.format("name mid", _n((left + width - 16) / 2), _n(floor + 36), chart.x.label))
+        parts.append(label.format("name mid", _n((left + width - RIGHT) / 2), _n(floor + 36), chart.x.label))
     if chart.y.label:
         middle = _n((top + floor) / 2)
         parts.append(Markup('<text class="name mid" transform="translate(12 {}) rotate(-90)">{}</text>').format(middle, chart.y.label))

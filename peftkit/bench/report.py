@@ -80,7 +80,7 @@ def notes(results: Results) -> list[str]:
     lines += [f"{each.method} against {each.other}: {plan(each.difference).words()}" for each in found if each.outcome == "equal" and each.difference]
     if results.target_loss is not None:
         lines += [each.words() for each in to_target(results, results.target_loss)]
-    lines += [each.words() for each in [*results.search, *sensitivity(results)]]
+    lines += [each.words() for each in results.search] + [each.words() for each in sensitivity(results)]
     if results.target is not None:
         reached = ", ".join(f"{row.method} {row.at_target} of {row.done + len(row.failed)}" for row in table(results))
         lines.append(f"Seeds that reached {results.metric} {results.target:.1%}: {reached}.")

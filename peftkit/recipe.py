@@ -84,6 +84,8 @@ def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
         raise wrong(("train", "micro_batch_size"), "flash attention keeps packed documents apart only in batches of one row; use 1, or attention: sdpa")
     if recipe.train.compile and recipe.quantize:
         raise wrong(("train", "compile"), f"a base in {recipe.quantize} is not compiled here: its operators are outside of torch's graphs; leave compile out")
+    if recipe.train.compile and recipe.train.gradient_checkpointing:
+        raise wrong(("train", "compile"), "compiled blocks under gradient checkpointing are not tried here; leave one of the two out")
     if recipe.model.dtype == "float16":
         raise wrong(("model", "dtype"), "training in float16 would lose small gradients without loss scaling; use bfloat16 or float32")
     if recipe.train.optimizer == "paged_adamw_8bit":

@@ -85,5 +85,7 @@ def test_run_compiles_where_the_recipe_says_so(tmp_path, monkeypatch):
 def test_what_is_not_compiled_is_refused():
     with pytest.raises(ConfigError, match=r"train.compile.*a base in nf4 is not compiled"):
         load_recipe(RECIPE | {"methods": [{"qlora": {"r": 4}}]})
+    with pytest.raises(ConfigError, match=r"train.compile.*gradient checkpointing"):
+        load_recipe(RECIPE | {"train": RECIPE["train"] | {"gradient_checkpointing": True}})
     with pytest.raises(ValueError, match="Linear has no blocks"):
         compile_blocks(nn.Linear(2, 2))

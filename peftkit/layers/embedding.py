@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from peftkit.kernels import dora_norm, gain_of
 from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype, refuse_stacked_dora
+from peftkit.layers.read import address
 
 
 class LoRAEmbedding(AdapterLayer):
@@ -102,7 +103,7 @@ class LoRAEmbedding(AdapterLayer):
         weight = self.base_layer.weight
         if torch.compiler.is_compiling():  # addresses mean nothing there
             return _column_squares(weight)
-        key = (weight.data_ptr(), weight._version, weight.device)
+        key = (address(weight), weight._version, weight.device)
         if self._squares is None or self._squares[0] != key:
             self._squares = (key, _column_squares(weight))
         return self._squares[1]

@@ -16,7 +16,7 @@ from peftkit.kernels import composed, dora_norm, fingerprint, gain_of, linear, n
 from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype, refuse_stacked_dora
 from peftkit.layers.bias import bias_copy
 from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, features, is_bare, is_linear, plain_linear, row_squares, weight_reader
-from peftkit.layers.read import AdaptedWeight
+from peftkit.layers.read import AdaptedWeight, address
 
 
 class LoRALinear(AdapterLayer):
@@ -195,7 +195,7 @@ class LoRALinear(AdapterLayer):
     def _base_key(self) -> tuple[Any, ...]:
         """Changes where the frozen weight is replaced or written to."""
         weight = self.base_layer.weight
-        return weight.data_ptr(), weight._version, weight.device
+        return address(weight), weight._version, weight.device
 
     def squares(self) -> Tensor:
         """|W|^2 by row (out,), fp32 at least; kept while the frozen weight stays, and in training only."""

@@ -10,6 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+def address(tensor: Tensor) -> int:
+    """Where the data of a tensor lies; 0 where it has none, as in a forecast."""
+    return 0 if isinstance(tensor.detach(), FakeTensor) else tensor.data_ptr()
+
+
 class AdaptedWeight(Tensor):
     """The weight of an adapter layer to the model around it: W to whoever asks for its shape, dtype or device, W + s B A in any arithmetic.
 

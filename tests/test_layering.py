@@ -35,6 +35,7 @@ LEVELS = [
         "memory",
         "tripwires",
         "activations",
+        "compiling",
         "interrupts",
         "trackers",
         "builtin.tasks",

@@ -36,6 +36,7 @@ LEVELS = [
         "energy",
         "tripwires",
         "activations",
+        "compiling",
         "interrupts",
         "trackers",
         "builtin.tasks",

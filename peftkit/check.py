@@ -132,7 +132,7 @@ def _tell_data(report: CheckReport, tokenizer: Any) -> Plan:
         "rows_after_packing": len(rows),
         "filled": filled,
     }
-    return Plan(rows, rows_of([[example] for example in evaluated]), prompts)
+    return Plan(rows, rows_of(data.Rows(evaluated)), prompts)
 
 
 def _counts(found: data.DataReport) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, conso
     if recipe.train.micro_batch_size != "auto":
         return recipe
     rows = data.make_rows(sets["train"], recipe.data)
-    plan = forecast.Plan(forecast.rows_of(rows), forecast.rows_of([[example] for example in sets["eval"]]))
+    plan = forecast.Plan(forecast.rows_of(rows), forecast.rows_of(data.Rows(sets["eval"])))
     config = load_config(recipe.model.name, recipe.model.revision)
     recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
     console.print(said, highlight=False, markup=False)

@@ -38,11 +38,11 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "peftkit" / "tokenised"
 
 
-def content_hash(parts: Iterable[str]) -> str:
+def content_hash(parts: Iterable[str | bytes]) -> str:
     """One name for all the texts, where they begin and end included."""
     found = hashlib.sha256()
     for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
+        data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
         found.update(len(data).to_bytes(8, "little") + data)
     return found.hexdigest()
 

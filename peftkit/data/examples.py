@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, overload
 
 import numpy as np
@@ -49,17 +50,26 @@ def to_arrow(examples: Sequence[Example]) -> Any:
     """A record batch of these examples."""
     rejected = [example.rejected for example in examples]
     columns = {
-        "input_ids": [example.input_ids for example in examples],
-        "trained": [example.trained for example in examples],
+        "input_ids": _lists([example.input_ids for example in examples], np.int32),
+        "trained": _lists([example.trained for example in examples], np.bool_),
         "where": [example.where for example in examples],
-        "prompt_ids": [example.prompt_ids for example in examples],
+        "prompt_ids": _lists([example.prompt_ids for example in examples], np.int32),
         "answer": [example.answer for example in examples],
         "rejected_ids": [other and other.input_ids for other in rejected],
         "rejected_trained": [other and other.trained for other in rejected],
         "rejected_answer": [other and other.answer for other in rejected],
-        "supervised": [sum(example.trained) for example in examples],
+        "supervised": [example.trained.count(True) for example in examples],
     }
-    return pa.record_batch([pa.array(values, COLUMNS[name]) for name, values in columns.items()], schema=SCHEMA)
+    arrays = [values if isinstance(values, pa.Array) else pa.array(values, COLUMNS[name]) for name, values in columns.items()]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def _lists(values: list[list[Any]], kind: Any) -> Any:
+    """An Arrow array of lists, through numpy: many times faster than by Arrow, which looks at the type of every element."""
+    starts = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in values], out=starts[1:])
+    flat = np.fromiter(chain.from_iterable(values), kind, int(starts[-1]))
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(flat))
 
 
 class Examples(Sequence[Example]):
@@ -131,6 +141,18 @@ class Rows(Sequence[list[Example]]):
 
     def __len__(self) -> int:
         return len(self.examples) if self.bins is None else len(self.bins)
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(tokens, supervised tokens, documents) of each row, counted without building its examples."""
+        examples = self.examples if isinstance(self.examples, Examples) else Examples.of(self.examples)
+        lengths, supervised = examples.lengths, examples.supervised
+        if self.bins is None:
+            return [(length, count, 1) for length, count in zip(lengths.tolist(), supervised.tolist(), strict=True)]
+        order = np.fromiter(chain.from_iterable(self.bins), np.int64)
+        counts = np.array([len(members) for members in self.bins], dtype=np.int64)
+        starts = np.cumsum(counts) - counts
+        summed = (np.add.reduceat(values[order], starts).tolist() for values in (lengths, supervised)) if len(order) else ([], [])
+        return list(zip(*summed, counts.tolist(), strict=True))
 
     @overload
     def __getitem__(self, index: int) -> list[Example]: ...

@@ -26,7 +26,7 @@ from peftkit.data.report import DataReport, bad_lines
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDERING = [Path(__file__).parent / name for name in ("read.py", "formats.py", "render.py", "load.py", "examples.py")]
+RENDERING = [Path(__file__).parent / name for name in ("read.py", "formats.py", "render.py", "encode.py", "load.py", "examples.py")]
 SMALL = 2**20  # bytes of files; the rows of less are tokenised in about a second
 
 
@@ -207,15 +207,15 @@ def cache_key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
     backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
     options = source.config.model_dump(include={"columns", "system", "loss_on", "max_length", "truncation", "holdout"})
 
-    def parts() -> Iterator[str]:
+    def parts() -> Iterator[str | bytes]:
         yield from (path.read_text(encoding="utf-8") for path in RENDERING)
         yield from (f"{package} {version(package)}" for package in ("transformers", "tokenizers", "jinja2"))
         yield from (type(tokenizer).__name__, backend.to_str() if backend else "", json.dumps(tokenizer.special_tokens_map, default=str), template)
         if "strftime_now" in template:
             yield date.today().isoformat()
         yield json.dumps([options, source.held, source.limit])
-        if is_text(source):
-            yield from (part for path in source.files for part in (str(path), read_text(path)))
+        if source.files:  # rows and their lines are what the bytes of the files say; reading them as rows takes many times as long
+            yield from (part for path in source.files for part in (str(path), path.read_bytes()))
         else:
             for _, record in source.records():
                 yield f"{record.where}\n" + (record.reason if isinstance(record, BadRow) else json.dumps(record.columns, default=as_hex))

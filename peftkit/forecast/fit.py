@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from peftkit.config import ConfigError
+from peftkit.data import Rows
 from peftkit.forecast.skeleton import Skeleton
 from peftkit.forecast.step import Forecast, Generation, Workload, forecast
 from peftkit.memory import human
@@ -24,8 +25,7 @@ CPU_RESERVE = 0.5
 """Share of what comes and goes in a step that glibc may hold beyond it; measured, see docs/check.md."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What counts of a row for memory."""
 
     tokens: int
@@ -80,9 +80,9 @@ def _available() -> int:
 # ----------------------------------------------------------------------------------------------------------------- the batches
 
 
-def rows_of(rows: Sequence[Sequence[Any]]) -> list[Row]:
+def rows_of(rows: Rows) -> list[Row]:
     """Examples, as they stand in rows, as what counts for memory."""
-    return [Row(sum(len(each.input_ids) for each in row), sum(sum(each.trained) for each in row), len(row)) for row in rows]
+    return [Row(*sizes) for sizes in rows.sizes()]
 
 
 def worst(rows: Sequence[Row], count: int, packed: bool = False) -> Workload:

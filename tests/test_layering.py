@@ -21,7 +21,7 @@ LEVELS = [
     ["chat", "fold", "rehearse", "servers"],
     ["bench", "check", "doctor", "use"],
     ["run"],
-    ["forecast"],
+    ["forecast", "folder"],
     ["recipe", "result"],
     ["train", "evaluate", "average"],  # the loop saves checkpoints, follows a schedule and measures memory; averaging reads and writes adapters
     [

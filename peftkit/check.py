@@ -13,7 +13,8 @@ from rich.text import Text
 
 from peftkit import data, methods
 from peftkit.config import ConfigError
-from peftkit.evaluate import GENERATING, answer_room
+from peftkit.evaluate import GENERATING, answer_room, must_have_answers
+from peftkit.folder import must_have_room, open_folder
 from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch, of_recipe, sizes_of
 from peftkit.memory import human
 from peftkit.model import load_config, load_tokenizer, reads_with_encoder
@@ -38,15 +39,17 @@ class CheckReport:
         return empty | {"conflicts": []} | self.facts | {"recipe": self.recipe.model_dump(), "rows": [marked for _, marked in self.rows]}
 
 
-def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), gpu: str | None = None) -> CheckReport:
+def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), gpu: str | None = None, resume: bool = False) -> CheckReport:
     """Validates the recipe, reads and renders its data, and rehearses a step without data or weights to see what it needs.
 
-    gpu: memory of the GPU that the run is for, such as "24GB"; by default this machine is meant. Hub models and data that
+    gpu: memory of the GPU that the run is for, such as "24GB"; by default this machine is meant. resume: the run is to go on
+    where it stopped, as with `run --resume`. Hub models and data that
     are not on this machine and cannot be reached are told as unknown, not as errors: the recipe itself is then all that was
     checked. Raises ConfigError for everything that would stop `run`.
     """
     there = budget(gpu)
     recipe = load_recipe(recipe, overrides)
+    folder = open_folder(recipe, resume)
     report = CheckReport(recipe, {"recipe": _recipe_lines(recipe)})
     try:
         config, tokenizer = load_config(recipe.model.name, recipe.model.revision), load_tokenizer(recipe.model.name, recipe.model.revision)
@@ -58,6 +61,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         return report
     skeleton = Skeleton(recipe, config, there.gpu)
     _tell_model(report, skeleton)
+    _check_room(recipe, skeleton, folder)
     plan = None
     try:
         plan = _tell_data(report, tokenizer, reads_with_encoder(config))
@@ -104,6 +108,14 @@ def _tell_model(report: CheckReport, skeleton: Skeleton) -> None:
     }  # fmt: skip
 
 
+def _check_room(recipe: Recipe, skeleton: Skeleton, folder: Path) -> None:
+    """Raises ConfigError where the disk cannot hold what is saved at the end and the checkpoints that are kept, with the one that is being written."""
+    train = recipe.train
+    saved = skeleton.weights if train.full_finetuning else skeleton.gradients
+    kept = (train.keep_last + (train.keep_best if train.eval_every else 0) + 1) if train.save_every or train.eval_every else 1
+    must_have_room(folder, saved + kept * (skeleton.gradients + skeleton.optimizer), f"what it trains, and {kept} checkpoints at most")
+
+
 def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
     """What becomes of the rows, and what of them counts for memory."""
     recipe = report.recipe
@@ -114,13 +126,20 @@ def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
     rows = sizes_of(data.make_rows(examples, recipe.data), pairs)
     del examples
     evaluated, eval_found = data.load_examples(recipe.data, tokenizer, "eval", pairs)
+    sets = {"eval": evaluated} | {
+        name: data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train", pairs)[0] for name in recipe.eval.retained
+    }
+    generating = [metric for metric in recipe.eval.metrics if metric in GENERATING]
+    for name in recipe.eval.retained + (["eval"] if generating else []):
+        must_have_answers(generating, name, sets[name])
+    choices = data.load_choices(recipe.data, tokenizer, recipe.eval.choices, pairs)[1] if "choice_accuracy" in recipe.eval.metrics else []
     prompts = room = 0
-    if evaluated and any(metric in GENERATING for metric in recipe.eval.metrics):
+    if evaluated and generating:
         room = recipe.eval.max_new_tokens or answer_room(tokenizer, [example.answer for example in evaluated])
         prompts = max(len(example.prompt_ids) for example in evaluated) + room
     filled = found.tokens / (len(rows) * recipe.data.max_length) if recipe.data.packing else None
     special = [f"{name} {getattr(tokenizer, f'{name}_token')!r} ({getattr(tokenizer, f'{name}_token_id')})" for name in ("bos", "eos", "pad")]
-    lines = found.lines() + histogram(found.lengths) + eval_found.lines()
+    lines = found.lines() + histogram(found.lengths) + eval_found.lines() + choices
     lines.append(f"special tokens: {', '.join(special)}; chat template: {'yes' if tokenizer.chat_template else 'none'}")
     lines.append(f"{recipe.train.steps(len(rows))} steps over {len(rows)} {'packed ' if recipe.data.packing else ''}rows")
     if filled is not None:

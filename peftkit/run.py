@@ -7,7 +7,6 @@ import logging
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,16 +21,17 @@ from peftkit import data, evaluate, forecast, methods
 from peftkit import train as training
 from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.compiling import compile_blocks, uncompiled
-from peftkit.config import ConfigError, read_yaml
+from peftkit.config import ConfigError
 from peftkit.console import bar
 from peftkit.energy import energy_joules
+from peftkit.folder import open_folder, start_folder
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
 from peftkit.memory import human
 from peftkit.model import load, load_config, load_tokenizer, reads_with_encoder, resolve_dtype
 from peftkit.optim import build_optimizer
-from peftkit.recipe import Recipe, load_recipe, resolved
-from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json, write_text
+from peftkit.recipe import Recipe, load_recipe
+from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json
 from peftkit.trackers import flat
 from peftkit.tripwires import Tripwires
 
@@ -140,38 +140,6 @@ def one_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def open_folder(recipe: Recipe, resume: bool) -> Path:
-    """The run folder, as it is. Refuses one that holds an unfinished run, unless that one is resumed, and one that is not a run's."""
-    folder = Path(recipe.output_dir)
-    written = folder / "recipe.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir: {folder} is a file, not a folder; give another output_dir")
-    must_be_writable(folder)
-    if resume:
-        if not written.exists():
-            raise ConfigError(f"output_dir: nothing to resume in {folder}: it holds no recipe.yaml")
-        changed = differences(read_yaml(written).data, recipe.model_dump())
-        if changed:
-            raise ConfigError(f"output_dir: {folder} holds a run of another recipe, which cannot be resumed with this one:\n  " + "\n  ".join(changed))
-        return folder
-    if checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
-        raise ConfigError(f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir")
-    if folder.exists() and any(folder.iterdir()) and not written.exists():
-        raise ConfigError(f"output_dir: {folder} is not empty and holds no run of peftkit; give another output_dir")
-    return folder
-
-
-def must_be_writable(folder: Path) -> None:
-    """Raises ConfigError where nothing can be written to `folder`, which need not exist yet: before hours of work that could not be saved."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there) as probe:
-            probe.write(b"peftkit")
-            probe.flush()
-    except OSError as error:
-        raise ConfigError(f"output_dir: nothing can be written to {there} ({error.strerror}); give another output_dir, or make it writable") from error
-
-
 def resume_line(recipe: Any, overrides: Sequence[str], processes: int, device: str) -> str:
     """What a person types to go on with an interrupted run."""
     if not isinstance(recipe, (str, Path)):
@@ -179,26 +147,6 @@ def resume_line(recipe: Any, overrides: Sequence[str], processes: int, device: s
     several = {"cpu": "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"}.get(device, "accelerate launch --num_processes")
     launch = f"{several} {processes} -m peftkit" if processes > 1 else "peftkit"
     return f"{launch} run {shlex.join([str(recipe), *overrides])} --resume"
-
-
-def start_folder(folder: Path, recipe: Recipe) -> None:
-    """Clears an earlier run out of its folder and writes the recipe: only once data, model and targets are known to be good."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in ("adapter", "model", "checkpoints"):
-        shutil.rmtree(folder / old, ignore_errors=True)
-    for old in ("result.json", "before.json", "metrics.jsonl", "predictions.jsonl", "loss.png"):
-        (folder / old).unlink(missing_ok=True)
-    write_text(folder / "recipe.yaml", resolved(recipe))
-
-
-def differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """Lines "key: old -> new" for every leaf that differs between two plain structures."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{at}.{i}")]
-    return [] if old == new else [f"{at}: {old!r} -> {new!r}"]
 
 
 def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any]:
@@ -218,8 +166,7 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any
         sets[name], _ = data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train", pairs)
     generating = [metric for metric in recipe.eval.metrics if metric in evaluate.GENERATING]
     for name in recipe.eval.retained + (["eval"] if generating else []):
-        if any(not example.prompt_ids for example in sets[name]):
-            raise ConfigError(f"eval: {', '.join(generating) or 'exact_match'} needs rows with an answer, and {name} holds plain text; use the metric loss")
+        evaluate.must_have_answers(generating, name, sets[name])
     if "choice_accuracy" in recipe.eval.metrics:
         questions, notes = data.load_choices(recipe.data, tokenizer, recipe.eval.choices, pairs)
         sets["choices"] = [evaluate.ChoiceRow(q.where, q.candidates, q.correct) for q in questions]

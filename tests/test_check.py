@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -117,3 +118,35 @@ def test_check_imports_neither_peft_nor_bitsandbytes(tmp_path):
     code = f"import sys; from peftkit.check import check; check({str(file)!r}); print(sorted({unwanted} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_what_the_run_would_have_no_room_for_is_refused(tmp_path, monkeypatch):
+    """The trap: hours of training whose checkpoint the disk cannot hold."""
+    usage = SimpleNamespace(total=10**9, used=10**9 - 2**20, free=2**20)
+    monkeypatch.setattr("peftkit.folder.shutil.disk_usage", lambda path: usage)
+    settings = recipe(tmp_path, train={"save_every": 1}) | {"methods": [{"lora": {"r": 32}}]}
+    with pytest.raises(ConfigError, match=r"output_dir: the run writes .* \(what it trains, and 3 checkpoints at most\) and 1.0 MiB are free .*make room"):
+        check(settings)
+    usage.free = 10**9
+    assert check(settings).facts["data"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("peftkit.folder.tempfile.TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=r"output_dir: nothing can be written to .* \(Permission denied\)"):
+        check(recipe(tmp_path))
+
+
+def test_rows_without_choices_are_refused(tmp_path):
+    """The trap: check passes, and run stops at the evaluation set."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": "yes", "choices": ["no", "maybe"]}) + "\n" for i in range(3)))
+    settings = recipe(tmp_path, data={"train": str(rows), "eval": str(rows), "train_rows": None, "eval_rows": None}, eval={"metrics": ["choice_accuracy"]})
+    with pytest.raises(ConfigError, match=r"3 of 3 rows cannot be used for choice_accuracy(.|\n)*rows.jsonl:1: its answer 'yes' is none of its choices"):
+        check(settings)
+    rows.write_text(rows.read_text().replace("maybe", "yes"))
+    assert any("3 of 3 rows with choices" in line for line in check(settings).sections["data"])

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from peftkit.config import ConfigError
-from peftkit.data import DataConfig, Example, check_isolation, collate, load_examples, make_rows, pack
+from peftkit.data import DataConfig, Example, Examples, Rows, check_isolation, collate, load_examples, make_rows, pack
+from peftkit.forecast import sizes_of
 from peftkit.run import run
 
 
@@ -221,3 +222,18 @@ def test_the_real_alpaca_rows_leave_at_most_three_percent_of_padding():
     rows = make_rows(examples, config)
     assert report.rows == 999 and sorted(example.where for row in rows for example in row) == sorted(example.where for example in examples)
     assert 1 - report.tokens / (512 * len(rows)) <= 0.03
+
+
+def test_rows_are_counted_without_being_built(monkeypatch):
+    """What the forecast asks of packed and of single rows: tokens, supervised tokens and documents of each."""
+    examples = Examples.of([Example([1] * n, [False] + [True] * (n - 1), f"row {n}") for n in (5, 9, 2, 7)])
+    packed = make_rows(examples, DataConfig(train="x", max_length=10, packing=True))
+    counted = [(sum(len(e.input_ids) for e in row), sum(sum(e.trained) for e in row), len(row)) for row in packed]
+    monkeypatch.setattr(Examples, "__getitem__", None)
+    assert listed(packed) == counted and len(counted) < 4
+    assert listed(Rows(examples)) == [(5, 4, 1), (9, 8, 1), (2, 1, 1), (7, 6, 1)] and listed(Rows(Examples.of([]))) == []
+
+
+def listed(rows):
+    sizes = sizes_of(rows)
+    return list(zip(sizes.tokens.tolist(), sizes.supervised.tolist(), sizes.documents.tolist(), strict=True))

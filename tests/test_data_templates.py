@@ -8,7 +8,10 @@ import pytest
 from chat_templates import FAMILIES, family_tokenizer
 
 from peftkit.config import ConfigError
-from peftkit.data import DataConfig, load_examples, marked_row, render
+from peftkit.data import DataConfig, Example, load_examples, marked_row, render
+from peftkit.data.encode import Encoder
+from peftkit.data.formats import Row
+from peftkit.data.render import Renderer
 
 CHAT = {"messages": [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"), ("user", "sum?"), ("assistant", "4 é"))]}
 CALL = '{"name": "sky", "arguments": {"at": "Rome"}}'
@@ -139,3 +142,24 @@ def test_a_template_that_writes_the_date_is_said(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(CHAT))
     notes = load_examples(DataConfig(train=str(tmp_path / "rows.jsonl")), chat, "train")[1].notes
     assert any("today's date" in note for note in notes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_taken_from_its_row_is_the_prompt_tokenised_alone(family, monkeypatch):
+    """The row's own ids up to its last special token and those of the rest are what the tokenizer makes of the whole prompt."""
+    rows = [{"prompt": text, "completion": "4 é"} for text in ("hi", " sum?\n\n", "<|eot", "é" * 40, "<|im_end|> x </s>")]
+    ours = [render(row, family_tokenizer(family), DataConfig(train="x", max_length=4000)) for row in rows]
+    monkeypatch.setattr("peftkit.data.encode.Encoder._in_row", lambda *_: None)
+    alone = [render(row, family_tokenizer(family), DataConfig(train="x", max_length=4000)) for row in rows]
+    assert ours == alone and all(example.prompt_ids for example in ours)
+
+
+def test_most_prompts_are_not_tokenised_a_second_time(monkeypatch):
+    texts = []
+    tokenizer = family_tokenizer("chatml")
+    encode = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, given: (texts.extend(given), encode(self, given))[1])
+    load = Renderer(tokenizer, DataConfig(train="x"))
+    done = load([Row(f"row {i}", [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "x"}]) for i in range(5)])
+    assert len(done) == 5 and all(isinstance(each, Example) and each.prompt_ids for each in done)
+    assert [text for text in texts if text] == [tokenizer.decode(each.input_ids) for each in done] + ["<|im_start|>assistant\n"]

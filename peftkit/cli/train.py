@@ -35,6 +35,7 @@ def check(
         str | None, typer.Option("--gpu", metavar="SIZE", help="Memory of the GPU that the run is for, such as 24GB; by default this machine.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="For a run that is to go on from the newest checkpoint in output_dir.")] = False,
 ) -> None:
     """All that can be known before training, without training or loading weights: recipe, data, what would be adapted, peak memory."""
     from peftkit.check import check as check_recipe
@@ -42,7 +43,7 @@ def check(
     from peftkit.cli.print import print_check
 
     quiet_libraries()
-    report = check_recipe(recipe_path(recipe), overrides or [], gpu)
+    report = check_recipe(recipe_path(recipe), overrides or [], gpu, resume)
     if as_json:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, overload
 
 import numpy as np
@@ -49,17 +50,26 @@ def to_arrow(examples: Sequence[Example]) -> Any:
     """A record batch of these examples."""
     rejected = [example.rejected for example in examples]
     columns = {
-        "input_ids": [example.input_ids for example in examples],
-        "trained": [example.trained for example in examples],
+        "input_ids": _lists([example.input_ids for example in examples], np.int32),
+        "trained": _lists([example.trained for example in examples], np.bool_),
         "where": [example.where for example in examples],
-        "prompt_ids": [example.prompt_ids for example in examples],
+        "prompt_ids": _lists([example.prompt_ids for example in examples], np.int32),
         "answer": [example.answer for example in examples],
         "rejected_ids": [other and other.input_ids for other in rejected],
         "rejected_trained": [other and other.trained for other in rejected],
         "rejected_answer": [other and other.answer for other in rejected],
-        "supervised": [sum(example.trained) for example in examples],
+        "supervised": [example.trained.count(True) for example in examples],
     }
-    return pa.record_batch([pa.array(values, COLUMNS[name]) for name, values in columns.items()], schema=SCHEMA)
+    arrays = [values if isinstance(values, pa.Array) else pa.array(values, COLUMNS[name]) for name, values in columns.items()]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def _lists(values: list[list[Any]], kind: Any) -> Any:
+    """An Arrow array of lists, through numpy: many times faster than by Arrow, which looks at the type of every element."""
+    starts = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in values], out=starts[1:])
+    flat = np.fromiter(chain.from_iterable(values), kind, int(starts[-1]))
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(flat))
 
 
 class Examples(Sequence[Example]):

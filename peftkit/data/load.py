@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from peftkit.data.report import DataReport, bad_lines
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDERING = [Path(__file__).parent / name for name in ("read.py", "formats.py", "render.py", "load.py", "examples.py", "pairs.py")]
+RENDERING = [Path(__file__).parent / name for name in ("read.py", "formats.py", "render.py", "encode.py", "load.py", "examples.py", "pairs.py")]
 SMALL = 2**20  # bytes of files; the rows of less are tokenised in about a second
 
 
@@ -220,13 +221,18 @@ def cache_key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
         if "strftime_now" in template:
             yield date.today().isoformat()
         yield json.dumps([options, source.held, source.limit, source.encoder_decoder])
-        if is_text(source):
-            yield from (part for path in source.files for part in (str(path), read_text(path)))
+        if source.files:  # rows and their lines are what the bytes of the files say; reading them as rows takes many times as long
+            yield from (part for path in source.files for part in (str(path), file_hash(path)))
         else:
             for _, record in source.records():
                 yield f"{record.where}\n" + (record.reason if isinstance(record, BadRow) else json.dumps(record.columns, default=as_hex))
 
     return content_hash(parts())
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_hex(value: Any) -> str:

@@ -9,37 +9,41 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from peftkit.config import ConfigError
 from peftkit.data.config import DataConfig
+from peftkit.data.encode import Encoder, last_run, mark, marked_runs
 from peftkit.data.examples import Example
 from peftkit.data.formats import Row, Turn, find_format, normalise
 from peftkit.data.read import BadRow, Record
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "Qx7placeholder7xQ"  # stands for the content of a turn, to see where a template puts it
-CHUNK = 1000  # rows tokenised at once: enough to keep the tokenizer busy, little enough for their offsets to fit in memory
+CHUNK = 1000  # rows tokenised at once: enough to keep the tokenizer busy, little enough to fit in memory
 
 
 @dataclass
 class Draft:
-    """A row on its way to an Example: text with character spans to train, or ids with their marks already."""
+    """A row on its way to an Example: text with character spans to train, then its tokens with their marks."""
 
     row: Row
     text: str = ""
     spans: list[tuple[int, int]] = field(default_factory=list)
     prompt: str = ""
     answer: str = ""
+    marked: bool = False
+    """The spans are those of the template's `{% generation %}` markers; prompt and answer follow."""
+    encoding: Encoding | None = None
     ids: list[int] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
 
@@ -71,6 +75,7 @@ class Renderer:
         self.adds_bos = self.bos is not None and tokenizer("")["input_ids"][:1] == [self.bos]
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids, self.special_texts = set(special), tuple(special.values())
+        self.encode = Encoder(tokenizer)
         self.truncated = 0
         self.counts: Counter[str] = Counter()
         self.endings: Counter[int | None] = Counter()  # the last trained token of each whole row; None: not a special one
@@ -99,36 +104,55 @@ class Renderer:
         return done
 
     def one_answer(self, rows: Sequence[Row | BadRow]) -> Iterator[Example | BadRow]:
-        drafts = [row if isinstance(row, BadRow) else self.draft(row) for row in rows]
+        drafts: list[Draft | BadRow] = [row if isinstance(row, BadRow) else self.told(row.where, self.draft, row) for row in rows]
         good = [draft for draft in drafts if isinstance(draft, Draft)]
-        texts = [draft for draft in good if not draft.ids]
-        for rendered, (ids, offsets) in zip(texts, self.encode([draft.text for draft in texts]), strict=True):
-            rendered.ids, rendered.trained = ids, mark(offsets, rendered.spans)
-        prompts = iter(self.encode([draft.prompt for draft in good]))
-        for draft in drafts:
-            yield draft if isinstance(draft, BadRow) else self.finish(draft, next(prompts)[0])
+        for draft, encoding in zip(good, self.encode([draft.text for draft in good]), strict=True):
+            draft.encoding, draft.ids = encoding, encoding.ids
+        drafts = [draft if isinstance(draft, BadRow) else self.told(draft.row.where, self.mark, draft) for draft in drafts]
+        good = [draft for draft in drafts if isinstance(draft, Draft)]
+        prompts = iter(self.encode.prompts([(draft.prompt, draft.text, draft.encoding, draft.ids) for draft in good]))
+        for each in drafts:
+            yield each if isinstance(each, BadRow) else self.finish(each, next(prompts))
 
-    def encode(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, character offsets) of each text; nothing is added to it."""
-        if not texts:
-            return []
-        out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+    def told(self, where: str, make: Callable[[Any], Draft], what: Any) -> Draft | BadRow:
+        """make(what), or why it cannot be made."""
+        try:
+            return make(what)
+        except (TemplateError, TypeError) as error:
+            return BadRow(where, f"the chat template refuses the row: {error}")
+        except ValueError as error:
+            return BadRow(where, str(error))
 
     # From rows to text and spans
 
-    def draft(self, row: Row) -> Draft | BadRow:
-        try:
-            if not row.messages:
-                return Draft(row, row.text, [(0, len(row.text))])
-            if not self.template:
-                return self.draft_plain(row)
-            row = replace(row, messages=self.spoken(row.messages))
-            return self.draft_marked(row) if self.has_markers else self.draft_by_spans(row)
-        except (TemplateError, TypeError) as error:
-            return BadRow(row.where, f"the chat template refuses the row: {error}")
-        except ValueError as error:
-            return BadRow(row.where, str(error))
+    def draft(self, row: Row) -> Draft:
+        """Raises ValueError, and what templates raise, for a row that cannot be used."""
+        if not row.messages:
+            return Draft(row, row.text, [(0, len(row.text))])
+        if not self.template:
+            return self.draft_plain(row)
+        if (spoken := self.spoken(row.messages)) is not row.messages:
+            row = replace(row, messages=spoken)
+        if not self.has_markers:
+            return self.draft_by_spans(row)
+        shown = [{key: value for key, value in turn.items() if value is not None} for turn in row.messages]  # as apply_chat_template does
+        tools = self.tools(row)
+        options: dict[str, Any] = {
+            "chat_template": self.tokenizer.get_chat_template(None, tools),
+            "return_assistant_tokens_mask": True,
+            **self.tokenizer.special_tokens_map,
+        }
+        texts: Any = render_jinja_template([shown], tools=tools, **options)
+        return Draft(row, texts[0][0], texts[1][0], marked=True)
+
+    def mark(self, draft: Draft) -> Draft:
+        """The draft with its tokens marked."""
+        assert draft.encoding is not None
+        if draft.marked:
+            self.mark_by_markers(draft, draft.encoding)
+        else:
+            draft.trained = mark(draft.encoding, len(draft.ids), draft.spans)
+        return draft
 
     def draft_plain(self, row: Row) -> Draft:
         """`{prompt}\\n{completion}{eos}`; instructions have the headings Instruction, Input and Response."""
@@ -142,38 +166,37 @@ class Renderer:
         text = row.plain_prompt + answer
         return Draft(row, text, [(start, len(text))], row.plain_prompt, answer.strip())
 
-    def draft_marked(self, row: Row) -> Draft:
-        """Ids and marks by the template's `{% generation %}` markers."""
-        messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
-        options = {"return_offsets_mapping": True, "verbose": False}
-        out: Any = self.tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=options)
-        ids, offsets, trained = list(out["input_ids"]), out["offset_mapping"], [bool(mark) for mark in out["assistant_masks"]]
-        spans = runs(trained)
+    def mark_by_markers(self, draft: Draft, encoding: Encoding) -> None:
+        """Marks by the template's `{% generation %}` markers, and what goes with them."""
+        row, ids, messages = draft.row, draft.ids, draft.row.messages
+        turns, spans = answers(messages), marked_runs(encoding, len(ids), draft.spans)
         # Neighbouring assistant turns may run into one another; fewer spans than that means that some were not found.
         expected = sum(turn - 1 not in turns for turn in turns if messages[turn]["content"])
         if self.config.loss_on != "all" and len(spans) < expected:
             raise ValueError(f"the chat template's generation markers cover {len(spans)} of {expected} assistant turns; use another template")
         learned = self.learned(row, turns)
         if self.config.loss_on == "all":
-            trained, spans = [True] * len(ids), []
-        elif learned != turns:
-            separate = sum(turn - 1 not in learned for turn in learned)
-            trained, spans = [False] * len(ids), spans[len(spans) - separate :]
+            draft.trained, spans = [True] * len(ids), []
+        else:
+            draft.trained = [False] * len(ids)
+            if learned != turns:
+                separate = sum(turn - 1 not in learned for turn in learned)
+                spans = spans[len(spans) - separate :]
         for start, end in spans:
             # A last character of several bytes has a token for each; transformers marks the first.
-            while end < len(ids) and offsets[end] == offsets[end - 1]:
+            while end < len(ids) and encoding.token_to_chars(end) == encoding.token_to_chars(end - 1):
                 end += 1
             # A template may close the markers before the end-of-turn token, which is to be learned all the same.
             if end < len(ids) and ids[end - 1] not in self.special_ids and ids[end] in self.special_ids:
                 end += 1
-            trained[start:end] = [True] * (end - start)
+            draft.trained[start:end] = [True] * (end - start)
         last = turns[-1] if turns else 0
-        prompt = self.chat(messages[:last], tools, prompt=True) if last else ""
+        draft.prompt = self.chat(messages[:last], self.tools(row, told=True), prompt=True) if last else ""
         if any(message["role"] not in ("user", "assistant") for message in messages):
-            self.look_for(messages, self.chat(messages, tools))
+            self.look_for(messages, draft.text)
         calls_only = spans and not messages[last]["content"]
         written = str(self.tokenizer.decode(ids[slice(*spans[-1])])) if calls_only else ""
-        return Draft(row, prompt=prompt, answer=self.answer(messages, turns, written), ids=ids, trained=trained)
+        draft.answer = self.answer(messages, turns, written)
 
     def draft_by_spans(self, row: Row) -> Draft:
         """The spans of the turns in the text that the template makes of all of them."""
@@ -277,12 +300,12 @@ class Renderer:
     def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool = False) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False))
 
-    def tools(self, row: Row) -> list[Any] | None:
-        """The row's tools, where the template knows what to do with them."""
+    def tools(self, row: Row, told: bool = False) -> list[Any] | None:
+        """The row's tools, where the template knows what to do with them; told: that it does not was counted already."""
         if not row.tools:
             return None
         if not self.takes_tools:
-            self.counts["the chat template does not write the row's tools"] += 1
+            self.counts["the chat template does not write the row's tools"] += not told
             return None
         try:
             tools = json.loads(row.tools) if isinstance(row.tools, str) else row.tools
@@ -309,19 +332,19 @@ class Renderer:
                 ids, trained = ids[1:], trained[1:]
             while prompt_ids[:2] == [self.bos, self.bos]:
                 prompt_ids = prompt_ids[1:]
-        trained = [False, *trained[1:]]  # nothing comes before the first token to predict it from
-        supervised = sum(trained)
+        trained[:1] = [False]  # nothing comes before the first token to predict it from
+        supervised = trained.count(True)
         if not supervised:
             return BadRow(row.where, "no token of it would be trained")
         if len(ids) > longest:
             if self.config.truncation == "drop":
                 return BadRow(row.where, f"{len(ids)} tokens, and max_length is {longest}", too_long=True)
-            if not any(trained[:longest]):
+            if True not in trained[:longest]:
                 return BadRow(row.where, f"all {supervised} trained tokens lie beyond max_length {longest} (the row has {len(ids)})")
             self.truncated += 1
             ids, trained = ids[:longest], trained[:longest]
         elif self.config.loss_on != "all":
-            start, end = runs(trained)[-1]
+            start, end = last_run(trained)
             self.endings[ids[end - 1] if ids[end - 1] in self.special_ids | {self.eos} else None] += 1
             if row.messages and prompt_ids != ids[:start]:
                 self.counts["the tokens generation starts from are not those before the last answer in training"] += 1
@@ -360,24 +383,3 @@ def answers(messages: list[dict[str, Any]]) -> list[int]:
 def call_text(turn: Turn) -> str:
     """The tool calls of a turn as JSON, one a line."""
     return "\n".join(json.dumps({key: call["function"].get(key) for key in ("name", "arguments")}, ensure_ascii=False) for call in turn["tool_calls"])
-
-
-def mark(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
-    """Token i is trained if it shares a character with a span: offsets (begin, end) of tokens, spans likewise."""
-    begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
-    trained = [False] * len(offsets)
-    for start, stop in spans:
-        first, last = bisect_right(ends, start), bisect_left(begins, stop)
-        trained[first:last] = [True] * (last - first)
-    return trained
-
-
-def runs(trained: list[bool]) -> list[tuple[int, int]]:
-    """(start, end) of each unbroken run of trained tokens."""
-    found, start = [], 0
-    for value, group in groupby(trained):
-        end = start + len(list(group))
-        if value:
-            found.append((start, end))
-        start = end
-    return found

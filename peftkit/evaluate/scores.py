@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, model_validator
 from torch import nn
 
-from peftkit.config import Config
+from peftkit.config import Config, ConfigError
 from peftkit.evaluate.choice import ChoiceLength, ChoiceRow, Picked, pick
 from peftkit.evaluate.exact_match import Prediction, exact_match
 from peftkit.evaluate.loss import Batch, in_batches, mean_loss
@@ -19,6 +19,12 @@ from peftkit.evaluate.text import bleu, rouge
 PASSES = {"loss": "loss", "perplexity": "loss", "exact_match": "answers", "rouge": "answers", "bleu": "answers", "choice_accuracy": "choices"}
 """metric -> the pass over the rows that it takes; one pass serves several"""
 GENERATING = tuple(metric for metric, taken in PASSES.items() if taken == "answers")
+
+
+def must_have_answers(metrics: Sequence[str], name: str, examples: Sequence[Any]) -> None:
+    """Raises ConfigError where answers are to be generated for a set, told by its name, of which a row has none."""
+    if any(not example.prompt_ids for example in examples):
+        raise ConfigError(f"eval: {', '.join(metrics) or 'exact_match'} needs rows with an answer, and {name} holds plain text; use the metric loss")
 
 
 class EvalConfig(Config):

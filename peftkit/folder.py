@@ -1,0 +1,73 @@
+"""The run folder: whether a run may have it, and how one begins in it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peftkit.checkpoint import checkpoints
+from peftkit.config import ConfigError, read_yaml
+from peftkit.memory import human
+from peftkit.recipe import Recipe, resolved
+from peftkit.result import write_text
+
+
+def open_folder(recipe: Recipe, resume: bool) -> Path:
+    """The run folder, as it is. Refuses one that holds an unfinished run, unless that one is resumed, and one that is not a run's."""
+    folder = Path(recipe.output_dir)
+    written = folder / "recipe.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file, not a folder; give another output_dir")
+    must_be_writable(folder)
+    if resume:
+        if not written.exists():
+            raise ConfigError(f"output_dir: nothing to resume in {folder}: it holds no recipe.yaml")
+        changed = differences(read_yaml(written).data, recipe.model_dump())
+        if changed:
+            raise ConfigError(f"output_dir: {folder} holds a run of another recipe, which cannot be resumed with this one:\n  " + "\n  ".join(changed))
+        return folder
+    if checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
+        raise ConfigError(f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir")
+    if folder.exists() and any(folder.iterdir()) and not written.exists():
+        raise ConfigError(f"output_dir: {folder} is not empty and holds no run of peftkit; give another output_dir")
+    return folder
+
+
+def must_be_writable(folder: Path) -> None:
+    """Raises ConfigError where nothing can be written to `folder`, which need not exist yet: before hours of work that could not be saved."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"peftkit")
+            probe.flush()
+    except OSError as error:
+        raise ConfigError(f"output_dir: nothing can be written to {there} ({error.strerror}); give another output_dir, or make it writable") from error
+
+
+def must_have_room(folder: Path, needed: int, what: str) -> None:
+    """Raises ConfigError where the disk of `folder`, which need not exist yet, has not `needed` bytes free."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise ConfigError(f"output_dir: the run writes {human(needed)} ({what}) and {human(free)} are free in {there}; make room, or give another output_dir")
+
+
+def start_folder(folder: Path, recipe: Recipe) -> None:
+    """Clears an earlier run out of its folder and writes the recipe: only once data, model and targets are known to be good."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in ("adapter", "model", "checkpoints"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    for old in ("result.json", "before.json", "metrics.jsonl", "predictions.jsonl", "loss.png"):
+        (folder / old).unlink(missing_ok=True)
+    write_text(folder / "recipe.yaml", resolved(recipe))
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Lines "key: old -> new" for every leaf that differs between two plain structures."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{at}.{i}")]
+    return [] if old == new else [f"{at}: {old!r} -> {new!r}"]

@@ -26,7 +26,7 @@ from rich.console import Console
 from peftkit.bench.records import write_whole
 from peftkit.config import dump_yaml
 from peftkit.console import bar
-from peftkit.run import differences
+from peftkit.folder import differences
 
 SUITE: dict[str, Any] = {
     "name": "killed",

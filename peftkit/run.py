@@ -234,7 +234,7 @@ def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[st
     """The loss's input for packed or single rows, on the model's device."""
     model: Any = loss.model
     pad = model.config.pad_token_id or 0
-    batch = data.collate_pairs([example for row in rows for example in row], pad) if reads_with_encoder(model.config) else data.collate(rows, pad)
+    batch = data.collate_pairs([example for row in rows for example in row], pad) if reads_with_encoder(model.config) else data.collate(rows, pad, widths=True)
     return {key: value.to(model.device) for key, value in batch.items() if key != "document_lengths"}
 
 

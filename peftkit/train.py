@@ -33,7 +33,7 @@ __all__ = ["MICRO_TOKENS", "TrainConfig", "TrainStats", "TrainingStopped", "enab
 
 logger = logging.getLogger(__name__)
 
-MICRO_TOKENS = 2048
+MICRO_TOKENS = 1024
 """Tokens of a micro-batch where the recipe names no number of rows: enough to keep products busy, few enough for memory."""
 
 
@@ -49,7 +49,7 @@ class TrainConfig(Config):
     batch_size: int = Field(16, gt=0)
     """Rows per optimizer step, over all devices (packed rows, where rows are packed)."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
-    """Rows per forward on one device; null puts rows together up to 2,048 tokens with their padding, auto as many as memory is forecast to hold."""
+    """Rows per forward on one device; null puts rows together up to 1,024 tokens with their padding, auto as many as memory is forecast to hold."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, in every parameter group."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from peftkit.config import ConfigError
-from peftkit.data import DataConfig, Example, Examples, Rows, check_isolation, collate, load_examples, make_rows, pack
+from peftkit.data import DataConfig, Example, Examples, Rows, batch_width, check_isolation, collate, load_examples, make_rows, pack
 from peftkit.forecast import sizes_of
 from peftkit.run import run
 
@@ -237,3 +237,13 @@ def test_rows_are_counted_without_being_built(monkeypatch):
 def listed(rows):
     sizes = sizes_of(rows)
     return list(zip(sizes.tokens.tolist(), sizes.supervised.tolist(), sizes.documents.tolist(), strict=True))
+
+
+def test_batches_have_few_widths():
+    """Every shape costs a kernel and memory of its own: at most eight widths from n to 2n tokens, and little padding for it."""
+    rows = {batch_width(tokens, 2, False) for tokens in range(256, 512)}
+    assert rows == {256, 288, 320, 352, 384, 416, 448, 480, 512}
+    assert all(tokens <= batch_width(tokens, 2, False) <= 1.125 * tokens + 8 for tokens in range(1, 5000))
+    assert batch_width(509, 1, False) == 509 and batch_width(509, 1, True) == 512, "one row alone needs neither padding nor a mask"
+    batch = collate([[Example([1] * 19, [True] * 19, "a")], [Example([1] * 4, [True] * 4, "b")]], 0, widths=True)
+    assert batch["input_ids"].shape == (2, 24) and batch["attention_mask"].sum() == 23 and (batch["labels"] != -100).sum() == 21

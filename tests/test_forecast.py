@@ -162,12 +162,12 @@ def test_the_worst_batch_is_the_longest_rows():
 
 
 def test_the_largest_micro_batch_by_tokens_need_not_hold_the_longest_row():
-    """Trap: 1,100 tokens are a micro-batch by themselves, two rows of 1,000 are a larger one, and a forecast of the longest row misses it."""
-    rows = Sizes.of([Row(1100, 50), *[Row(1000, 40)] * 3, *[Row(100, 10)] * 4])
+    """Trap: 550 tokens are a micro-batch by themselves, two rows of 500 are a larger one, and a forecast of the longest row misses it."""
+    rows = Sizes.of([Row(550, 50), *[Row(500, 40)] * 3, *[Row(100, 10)] * 4])
     largest, longest = by_tokens(rows, 8)
-    assert largest == Workload(2, 1000, 80, 1, False, True) and longest == Workload(1, 1100, 50, 1, False, False)
+    assert largest == Workload(2, 512, 80, 1, False, True) and longest == Workload(1, 550, 50, 1, False, False)
     assert by_tokens(rows, 1)[0] == longest, "no more rows than the batch has"
-    plan = Plan(Sizes.of([Row(1100, 50), *[Row(1000, 50)] * 3]))
+    plan = Plan(Sizes.of([Row(550, 50), *[Row(500, 50)] * 3]))
     bones = skeleton([{"lora": {"r": 4}}])
     rows_at_a_time, found = of_recipe(bones, plan)
     assert rows_at_a_time == 2 and found.activations > 1.5 * of_micro_batch(bones, plan, 1).activations

@@ -246,8 +246,8 @@ def test_the_picture_shows_evaluations_on_the_way(tmp_path):
 
 def test_micro_batches_by_tokens():
     """Where the recipe names no size: as many rows as make so many tokens with their padding, rows of like length together, each once."""
-    rows = [3, 900, 40, 2100, 1000, 41, 5, 1024]
+    rows = [3, 450, 40, 1050, 500, 41, 5, 512]
     parts = micro_batches_of(rows, None, lambda row: row)
-    assert parts == [[2100], [1024, 1000], [900, 41], [40, 5, 3]] and MICRO_TOKENS == 2048
-    assert micro_batches_of(rows, 3, lambda row: row) == [[3, 900, 40], [2100, 1000, 41], [5, 1024]]
+    assert parts == [[1050], [512, 500], [450, 41], [40, 5, 3]] and MICRO_TOKENS == 1024
+    assert micro_batches_of(rows, 3, lambda row: row) == [[3, 450, 40], [1050, 500, 41], [5, 512]]
     assert micro_batches_of([], None, lambda row: row) == []

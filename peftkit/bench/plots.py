@@ -18,14 +18,9 @@ def save_plots(results: Results, folder: str | Path) -> list[Path]:
     """Writes every figure that has something to show as <key>.svg and <key>.png into `folder`; the paths written."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "peftkit"  # equal results give equal files
-    written = []
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for figure in figures(results):
-        if figure.charts:
-            written += _save(figure, Path(folder))
-    return written
+    with matplotlib.rc_context({"svg.hashsalt": "peftkit"}):  # equal results give equal files
+        return [path for figure in figures(results) if figure.charts for path in _save(figure, Path(folder))]
 
 
 def _save(figure: Figure, folder: Path) -> list[Path]:

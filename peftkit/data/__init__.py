@@ -13,7 +13,7 @@ from peftkit.data.formats import FORMATS
 from peftkit.data.isolate import check_isolation
 from peftkit.data.load import load_examples
 from peftkit.data.order import DataOrder
-from peftkit.data.pack import collate, make_rows, pack
+from peftkit.data.pack import batch_width, collate, make_rows, pack
 from peftkit.data.pairs import collate_pairs
 from peftkit.data.read import BadRow, HubError, local_file
 from peftkit.data.render import render
@@ -33,6 +33,7 @@ __all__ = [
     "Question",
     "Rows",
     "bad_lines",
+    "batch_width",
     "check_isolation",
     "collate",
     "collate_pairs",

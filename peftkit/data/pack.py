@@ -10,6 +10,7 @@ from peftkit.data.config import DataConfig
 from peftkit.data.examples import Example, Examples, Rows
 
 IGNORED = -100  # the label that the loss leaves out
+SHAPES = 8  # widths of batches between n and 2n tokens: every other shape costs a kernel and, on a CPU, a place of its own in memory
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
@@ -50,8 +51,14 @@ def best_fit(lengths: Sequence[int], max_length: int, where: Callable[[int], str
     return sorted(sorted(members) for members in bins)
 
 
-def collate(bins: Sequence[Sequence[Example]], pad_token_id: int, pad_to: int | None = None) -> dict[str, Any]:
-    """One row per bin, padded on the right to the longest, or to `pad_to` tokens.
+def batch_width(tokens: int, rows: int, packed: bool) -> int:
+    """How wide a batch becomes whose longest row has so many tokens. One row by itself stays as it is: without padding it needs no mask."""
+    grain = max(2 ** (tokens.bit_length() - 1) // SHAPES, SHAPES)
+    return -(-tokens // grain) * grain if rows > 1 or packed else tokens
+
+
+def collate(bins: Sequence[Sequence[Example]], pad_token_id: int, widths: bool = False) -> dict[str, Any]:
+    """One row per bin, padded on the right to the longest, or with `widths` to the `batch_width` that it asks for.
 
     - `input_ids` (rows, length)
     - `labels` (rows, length): -100 where not trained, and at the first token of every document, which the token before
@@ -62,7 +69,7 @@ def collate(bins: Sequence[Sequence[Example]], pad_token_id: int, pad_to: int | 
       **the model must be called with `use_cache=False`**.
     - `document_lengths`: the real tokens of each document in each row, as lists.
 
-    Raises ValueError for an empty batch and for a bin longer than `pad_to`.
+    Raises ValueError for an empty batch.
     """
     import torch
 
@@ -70,9 +77,7 @@ def collate(bins: Sequence[Sequence[Example]], pad_token_id: int, pad_to: int | 
         raise ValueError("a batch needs at least one bin")
     lengths = [[len(example.input_ids) for example in row] for row in bins]
     longest = max(map(sum, lengths))
-    if pad_to is not None and longest > pad_to:
-        raise ValueError(f"a bin has {longest} tokens and cannot be padded to {pad_to}")
-    width = pad_to or longest
+    width = batch_width(longest, len(bins), any(len(row) > 1 for row in bins)) if widths else longest
     input_ids = torch.full((len(bins), width), pad_token_id)
     labels = torch.full((len(bins), width), IGNORED)
     position_ids = torch.zeros(len(bins), width, dtype=torch.long)

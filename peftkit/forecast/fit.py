@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from peftkit.config import ConfigError
-from peftkit.data import Examples, Rows
+from peftkit.data import Examples, Rows, batch_width
 from peftkit.forecast.skeleton import Skeleton
 from peftkit.forecast.step import Forecast, Generation, Workload, forecast
 from peftkit.memory import human
@@ -112,7 +112,8 @@ def worst(rows: Sizes, count: int, packed: bool = False) -> Workload:
     supervised = int(np.sort(rows.supervised)[-count:].sum())
     if rows.pairs:  # the longest prompt and the longest answer need not be of one row, but may be of one batch
         return Workload(count, int((rows.tokens - rows.supervised).max()), supervised, answer=int(rows.supervised.max()))
-    return Workload(count, int(rows.tokens.max()), supervised, int(rows.documents.max()), packed, padded=count > 1)
+    tokens = batch_width(int(rows.tokens.max()), count, packed)
+    return Workload(count, tokens, supervised, int(rows.documents.max()), packed, padded=count > 1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def by_tokens(rows: Sizes, count: int, packed: bool = False) -> list[Workload]:
         if fits.sum() >= many:
             found.append(worst(Sizes(rows.tokens[fits], rows.supervised[fits], rows.documents[fits], rows.pairs), many, packed))
     largest = max(found, key=lambda workload: (workload.rows * (workload.tokens + workload.answer), workload.supervised))
-    return [largest, max((each for each in found if each.tokens == found[0].tokens), key=lambda workload: workload.rows)]
+    return [largest, max((each for each in found if each.tokens >= found[0].tokens), key=lambda workload: workload.rows)]
 
 
 def of_recipe(skeleton: Skeleton, plan: Plan, processes: int = 1) -> tuple[int, Forecast]:

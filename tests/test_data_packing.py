@@ -55,16 +55,16 @@ def test_pack_fills_bins_and_keeps_the_order_of_the_data():
 
 def test_collate():
     first, second, third = documents(4, 3, 5)
-    batch = collate([[first, second], [third]], pad_token_id=0, pad_to=9)
+    batch = collate([[first, second], [third]], pad_token_id=0, widths=True)
     assert batch["document_lengths"] == [[4, 3], [5]] and "attention_mask" not in batch
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 0, 1, 2, 3]]
-    assert batch["input_ids"].tolist() == [[*first.input_ids, *second.input_ids, 0, 0], [*third.input_ids, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch["input_ids"].tolist() == [[*first.input_ids, *second.input_ids, 0], [*third.input_ids, 0, 0, 0]]
     a, b = first.input_ids, second.input_ids
-    assert batch["labels"][0].tolist() == [-100, a[1], a[2], -100, -100, b[1], b[2], -100, -100]
+    assert batch["labels"][0].tolist() == [-100, a[1], a[2], -100, -100, b[1], b[2], -100]
     single = collate([[first], [second]], pad_token_id=0)
     assert single["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    with pytest.raises(ValueError, match="cannot be padded to 6"):
-        collate([[first, second]], 0, pad_to=6)
+    with pytest.raises(ValueError, match="at least one bin"):
+        collate([], 0)
 
 
 def test_the_first_token_of_a_document_is_never_predicted_from_the_one_before():
@@ -113,10 +113,12 @@ def test_packed_documents_have_the_loss_they_have_alone(build, attention):
     model.set_attn_implementation(attention)
     assert model.config._attn_implementation == attention
     check_isolation(model)
-    bins = pack(documents(7, 2, 5, 9, 3, 4, 11, 6), 16)
-    alone = [document_losses(model, collate([[example]], 0), use_cache=False) for row in bins for example in row]
-    for width in (None, 24):  # rows of different length, and rows that all end in padding
-        losses, logits = document_losses(model, collate(bins, 0, pad_to=width), use_cache=False)
+    for most in (16, 15):  # rows of different length, and rows that all end in padding
+        bins = pack(documents(7, 2, 5, 9, 3, 4, 11, 6), most)
+        alone = [document_losses(model, collate([[example]], 0), use_cache=False) for row in bins for example in row]
+        batch = collate(bins, 0, widths=True)
+        assert batch["input_ids"].shape[1] == 16
+        losses, logits = document_losses(model, batch, use_cache=False)
         torch.testing.assert_close(losses, torch.cat([loss for loss, _ in alone]), atol=1e-5, rtol=0)
         torch.testing.assert_close(logits, torch.cat([logit for _, logit in alone]), atol=1e-5, rtol=0)
     unpacked, _ = document_losses(model, collate([[example] for row in bins for example in row], 0), use_cache=False)

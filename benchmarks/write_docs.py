@@ -17,12 +17,12 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from peftkit.amounts import human
 from peftkit.builtin.families import FAMILIES
 from peftkit.config import Config, defaults_table
 from peftkit.data import DataConfig
 from peftkit.evaluate import EvalConfig
 from peftkit.forecast import Skeleton
-from peftkit.memory import human
 from peftkit.methods import REGISTRY
 from peftkit.model import BUILTIN, ModelConfig, load_config
 from peftkit.recipe import load_recipe

@@ -12,11 +12,11 @@ import numpy as np
 from rich.text import Text
 
 from peftkit import data, methods
+from peftkit.amounts import human
 from peftkit.config import ConfigError
 from peftkit.evaluate import GENERATING, answer_room, must_have_answers
 from peftkit.folder import must_have_room, open_folder
 from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch, of_recipe, sizes_of
-from peftkit.memory import human
 from peftkit.model import load_config, load_tokenizer, reads_with_encoder
 from peftkit.recipe import Recipe, load_recipe
 

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 import peftkit
 from peftkit import quant
-from peftkit.memory import human
+from peftkit.amounts import human
 from peftkit.model import best_dtype, load
 
 State = Literal["ok", "note", "warning", "broken"]

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from peftkit.amounts import human
 from peftkit.checkpoint import checkpoints
 from peftkit.config import ConfigError, read_yaml
-from peftkit.memory import human
 from peftkit.recipe import Recipe, resolved
 from peftkit.result import write_text
 

@@ -19,15 +19,6 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def human(count: float) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 @contextmanager
 def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
     """Collects what autograd keeps for backward within the block: address of the storage -> bytes. The model's own tensors are left out."""

@@ -21,9 +21,9 @@ from rich.console import Console
 from transformers import AutoConfig, set_seed
 
 from peftkit import data, methods
+from peftkit.amounts import human
 from peftkit.checkpoint import CheckpointError
 from peftkit.config import ConfigError
-from peftkit.memory import human
 from peftkit.model import load_config, load_tokenizer, model_class, reads_with_encoder
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.result import Result

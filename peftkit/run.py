@@ -19,6 +19,7 @@ from rich.console import Console
 
 from peftkit import data, evaluate, forecast, methods
 from peftkit import train as training
+from peftkit.amounts import human
 from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.compiling import compile_blocks, uncompiled
 from peftkit.config import ConfigError
@@ -27,7 +28,6 @@ from peftkit.energy import energy_joules
 from peftkit.folder import open_folder, start_folder
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
-from peftkit.memory import human
 from peftkit.model import load, load_config, load_tokenizer, reads_with_encoder, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe

@@ -15,6 +15,19 @@ TASKS = {"sql": 0.0, "tool-calls": -0.1, "units": 0.05}
 RATES = (1e-3, 3e-3, 1e-2)
 MEMORY = {"qlora": 400, "full": 1400}
 STEPS = {"lora": 1.08, "dora": 1.31, "qlora": 1.45, "lora-loraplus": 1.08, "lora-r1": 1.05, "full": 1.6}
+SUITE = """name: mine
+recipe:
+  model: {name: builtin:tiny}
+  methods: [{lora: {r: 2}}]
+  data: {train: builtin:copy/train, eval: builtin:copy/test}
+  train: {max_steps: 100}
+  eval: {metrics: [exact_match]}
+methods:
+  lora: {}
+  dora: {methods: [{dora: {r: 2}}]}
+seeds: [0, 1]
+"""
+"""Two methods on two seeds, for tests of suites."""
 HOSTILE = "<script>document.title = 'hacked'</script>"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from synthetic_results import SUITE
 
 import peftkit.bench.cells as cells_module
 import peftkit.bench.keys as keys_module
@@ -178,28 +179,15 @@ def test_the_key_follows_what_decides_the_outcome(tmp_path, monkeypatch):
     assert key() != changed
 
 
-SUITE = """name: mine
-recipe:
-  model: {name: builtin:tiny}
-  methods: [{lora: {r: 2}}]
-  data: {train: builtin:copy/train, eval: builtin:copy/test}
-  eval: {metrics: [exact_match]}
-methods:
-  lora: {}
-  dora: {methods: [{dora: {r: 2}}]}
-seeds: [0, 1]
-"""
-
-
 @pytest.mark.parametrize(
     ("old", "new", "parts"),
     [
-        ("  lora: {}", "  lora: {train: {learning_rat: 0.1}}", ["suite.yaml:8", "methods.lora", "learning_rat"]),
-        ("  lora: {}", "  lora: {train: {seed: 1}}", ["suite.yaml:8", "methods.lora.train.seed", "seeds"]),
-        ("  lora: {}", "  lora: {output_dir: x}", ["suite.yaml:8", "output_dir"]),
-        ("[0, 1]", "[1, 1]", ["suite.yaml:10", "seeds", "twice"]),
-        ("[0, 1]", "[]", ["suite.yaml:10", "seeds"]),
-        ("[exact_match]", "[loss]", ["suite.yaml:8", "eval.metrics"]),
+        ("  lora: {}", "  lora: {train: {learning_rat: 0.1}}", ["suite.yaml:9", "methods.lora", "learning_rat"]),
+        ("  lora: {}", "  lora: {train: {seed: 1}}", ["suite.yaml:9", "methods.lora.train.seed", "seeds"]),
+        ("  lora: {}", "  lora: {output_dir: x}", ["suite.yaml:9", "output_dir"]),
+        ("[0, 1]", "[1, 1]", ["suite.yaml:11", "seeds", "twice"]),
+        ("[0, 1]", "[]", ["suite.yaml:11", "seeds"]),
+        ("[exact_match]", "[loss]", ["suite.yaml:9", "eval.metrics"]),
         ("name: mine", "name: my/suite", ["suite.yaml:1", "name"]),
         ("seeds:", "seed:", ["seed", "seeds"]),
     ],

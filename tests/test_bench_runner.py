@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from synthetic_results import SUITE
 
 import peftkit.bench.keys as keys_module
 import peftkit.bench.runner as runner_module
@@ -24,7 +25,7 @@ from peftkit.bench.launch import Submitit
 from peftkit.bench.own import Plan, own_suite, plan, seconds_of
 from peftkit.bench.records import Record
 from peftkit.bench.search import best, held_out
-from peftkit.bench.suite import Suite, cells, find_suite, load_suite, memory_bytes, merge, timing_cells
+from peftkit.bench.suite import Suite, cells, find_suite, load_suite, merge, timing_cells
 from peftkit.cli import main
 from peftkit.config import ConfigError, read_yaml
 
@@ -128,20 +129,6 @@ def test_a_cell_saves_on_the_way_unless_its_recipe_says_otherwise():
     assert "save_every" not in train(eval_every=5)  # which saves the best
 
 
-SUITE = """name: mine
-recipe:
-  model: {name: builtin:tiny}
-  methods: [{lora: {r: 2}}]
-  data: {train: builtin:copy/train, eval: builtin:copy/test}
-  train: {max_steps: 100}
-  eval: {metrics: [exact_match]}
-methods:
-  lora: {}
-  dora: {methods: [{dora: {r: 2}}]}
-seeds: [0, 1]
-"""
-
-
 @pytest.mark.parametrize(
     ("added", "parts"),
     [
@@ -201,11 +188,6 @@ def test_a_suite_is_found_by_name(tmp_path, monkeypatch):
     assert find_suite("other.yaml") == Path("other.yaml")
     with pytest.raises(ConfigError, match=r"no suite is called 'cii'; did you mean 'ci'\? \(there are: ci\)"):
         find_suite("cii")
-
-
-@pytest.mark.parametrize(("text", "count"), [("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("512MB", 512 * 10**6)])
-def test_amounts_of_memory(text, count):
-    assert memory_bytes(text) == count
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------------------

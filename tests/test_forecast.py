@@ -11,6 +11,7 @@ from transformers import Gemma2Config, MixtralConfig
 
 import peftkit as pk
 from peftkit import quant
+from peftkit.amounts import parse_bytes
 from peftkit.config import ConfigError
 from peftkit.data import Example, Examples, Rows
 from peftkit.forecast import (
@@ -29,7 +30,7 @@ from peftkit.forecast import (
     with_micro_batch,
     worst,
 )
-from peftkit.forecast.fit import budget, by_tokens, parse_bytes
+from peftkit.forecast.fit import budget, by_tokens
 from peftkit.loss import TokenLoss
 from peftkit.memory import count_saved
 from peftkit.model import load_config
@@ -217,10 +218,10 @@ def test_run_takes_the_micro_batch_from_the_forecast(tmp_path):
 
 
 def test_sizes_of_memory():
-    assert parse_bytes("24GB") == 24 * 10**9 and parse_bytes(" 1.5 gib") == 1.5 * 2**30
-    for wrong in ("24", "lots", "0GB", "24KB", "-1GB"):
-        with pytest.raises(ConfigError, match="--gpu"):
-            parse_bytes(wrong)
+    assert parse_bytes("24GB") == 24 * 10**9 and parse_bytes(" 1.5 gib") == 1.5 * 2**30 and parse_bytes("512KB") == 512_000
+    for wrong in ("24", "lots", "0GB", "24 Gb/s", "-1GB", "1e3GB"):
+        with pytest.raises(ConfigError, match=r"--gpu: .* is no amount of memory; write it as 24GB"):
+            budget(wrong)
     assert budget("80GB").gpu and budget().bytes > 10**8
 
 

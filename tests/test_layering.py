@@ -46,7 +46,7 @@ LEVELS = [
     ["methods"],
     ["layers"],
     ["kernels", "quant", "console"],
-    ["config", "versions"],
+    ["amounts", "config", "versions"],
 ]
 LEVEL = {unit: depth for depth, units in enumerate(LEVELS) for unit in units}
 # `data` reads the embedded tasks; otherwise no stage imports another of its line.

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftkit.amounts import human
 from peftkit.bench.cells import Record, Results, load_results
 from peftkit.bench.charts import rate_of, with_interval
 from peftkit.bench.compare import Comparison, against, task_names
 from peftkit.bench.overview import done, percent_or_number, score
 from peftkit.config import ConfigError, dump_yaml
 from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch
-from peftkit.memory import human
 from peftkit.model import load_config
 from peftkit.recipe import Recipe, load_recipe
 

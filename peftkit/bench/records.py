@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from peftkit.amounts import parse_bytes
 from peftkit.bench.answers import read_answers, shared_examples, wrong_answers
 from peftkit.bench.keys import PACKAGE
-from peftkit.bench.suite import METRICS, Cell, Stage, Suite, memory_bytes
+from peftkit.bench.suite import METRICS, Cell, Stage, Suite
 from peftkit.config import Config, ConfigError, Source, validate
 
 TAIL = 60  # lines of a failed cell's log that are kept in its record
@@ -185,7 +186,7 @@ def record_of(cell: Cell, place: Path, code: int, seconds: float, suite: Suite) 
         text = f"exit code 0, but its results cannot be used: {type(error).__name__}: {error}"
         return Record(**shared, status="failed", kind="crash", traceback=text)
     allowed, taken = suite.budget and suite.budget.memory, record.train.get("peak_memory_bytes", 0)
-    if cell.stage == "final" and allowed and taken > memory_bytes(allowed):
+    if cell.stage == "final" and allowed and taken > parse_bytes(allowed):
         text = f"the suite's budget is {allowed}, and the run took {taken / 10**9:.2f} GB at its peak"
         return record.model_copy(update={"status": "failed", "kind": "out_of_memory", "traceback": text, "outcomes": [], "after": {}})
     return record

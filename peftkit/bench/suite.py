@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from peftkit.amounts import parse_bytes
 from peftkit.bench.keys import Code, key
 from peftkit.config import Config, ConfigError, Keys, Source, read_yaml, suggest, validate
 
@@ -81,7 +82,7 @@ class Budget(Config):
         if len(given) != 1:
             raise ValueError(f"give one of steps, tokens, seconds, memory, not {' and '.join(given) or 'none'}")
         if self.memory is not None:
-            memory_bytes(self.memory)
+            parse_bytes(self.memory)
         return self
 
 
@@ -273,20 +274,6 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         old = merged.get(name)
         merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else copy.deepcopy(value)
     return merged
-
-
-def memory_bytes(text: str) -> int:
-    """2GB -> 2 * 10**9. Raises ValueError."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    number = text.strip().rstrip("KMGTiBkmgtb").strip()
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
-        raise ValueError(f"{text!r} is no amount of memory: write 24GB, 512MiB, ...") from None
-    if not 0 < value < 2**63:
-        raise ValueError(f"{text!r} is no amount of memory that can be had")
-    return int(value)
 
 
 # --- what is wrong with a suite -----------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from peftkit.amounts import human
 from peftkit.cli.common import stdout
 from peftkit.console import table
-from peftkit.memory import human
 
 if TYPE_CHECKING:
     from peftkit.check import CheckReport

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from peftkit.amounts import human, parse_bytes
 from peftkit.config import ConfigError
 from peftkit.data import Examples, Rows, batch_width
 from peftkit.forecast.skeleton import Skeleton
 from peftkit.forecast.step import Forecast, Generation, Workload, forecast
-from peftkit.memory import human
 from peftkit.recipe import Recipe
 from peftkit.train import MICRO_TOKENS
 
-UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 GPU_RESERVE = 750 * 2**20
 """Bytes of a GPU that no tensor can have: CUDA's own, the products' workspaces, what the allocator cannot use."""
 CPU_RESERVE = 0.5
@@ -68,18 +66,13 @@ class Budget:
         return found.total + self.reserve(found) <= self.bytes
 
 
-def parse_bytes(text: str, option: str = "--gpu") -> int:
-    """24GB -> 24 * 10^9, 24GiB -> 24 * 2^30. Raises ConfigError, which names the option."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0 or not match[2]:
-        raise ConfigError(f"{option}: {text!r} is no size of memory; write it as 24GB (10^9 bytes) or 24GiB (2^30)")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
 def budget(gpu: str | None = None, option: str = "--gpu") -> Budget:
     """The named GPU, else this machine's, else the memory that its processes can still have. Raises ConfigError."""
     if gpu is not None:
-        return Budget(parse_bytes(gpu, option), f"a GPU of {gpu.strip()}", True)
+        try:
+            return Budget(parse_bytes(gpu), f"a GPU of {gpu.strip()}", True)
+        except ValueError as error:
+            raise ConfigError(f"{option}: {error}") from None
     if torch.cuda.is_available():
         return Budget(torch.cuda.mem_get_info()[0], f"free on this machine's GPU ({torch.cuda.get_device_name()})", True)
     return Budget(_available(), "free on this machine, which has no GPU", False)

@@ -61,7 +61,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         return report
     skeleton = Skeleton(recipe, config, there.gpu)
     _tell_model(report, skeleton)
-    _check_room(recipe, skeleton, folder)
+    must_have_room(folder, recipe.train, skeleton.weights if recipe.train.full_finetuning else skeleton.gradients, skeleton.gradients + skeleton.optimizer)
     plan = None
     try:
         plan = _tell_data(report, tokenizer, reads_with_encoder(config))
@@ -106,14 +106,6 @@ def _tell_model(report: CheckReport, skeleton: Skeleton) -> None:
         "class": type(skeleton.model).__name__, "parameters": skeleton.parameters, "trained_parameters": trained, "dtype": dtype,
         "quantize": recipe.quantize, "adapted": skeleton.adapted, "adapter_bytes": skeleton.gradients,
     }  # fmt: skip
-
-
-def _check_room(recipe: Recipe, skeleton: Skeleton, folder: Path) -> None:
-    """Raises ConfigError where the disk cannot hold what is saved at the end and the checkpoints that are kept, with the one that is being written."""
-    train = recipe.train
-    saved = skeleton.weights if train.full_finetuning else skeleton.gradients
-    kept = (train.keep_last + (train.keep_best if train.eval_every else 0) + 1) if train.save_every or train.eval_every else 1
-    must_have_room(folder, saved + kept * (skeleton.gradients + skeleton.optimizer), f"what it trains, and {kept} checkpoints at most")
 
 
 def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:

@@ -16,11 +16,12 @@ from peftkit.average.algebra import truncate
 from peftkit.average.files import read, write
 from peftkit.checkpoint import load_adapter
 from peftkit.config import ConfigError, suggest
-from peftkit.fold import check_target, fold, logits_of
+from peftkit.fold import check_target, fold
 from peftkit.layers import LoRALinear, adapter_layers, dense_weight
 from peftkit.merge import compare_logits
 from peftkit.methods import detach
 from peftkit.model import locate
+from peftkit.save_model import logits_of
 from peftkit.servers import SERVERS, VLLM_RANKS, Features, Server, features
 from peftkit.use import Origin, find_origin, load_adapted
 

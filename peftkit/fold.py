@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peftkit.adapter_file import CONFIG_FILE
 from peftkit.config import ConfigError, suggest
 from peftkit.layers import adapter_layers, dense_weight
-from peftkit.merge import MergeCheck, MergeError, compare_logits, logits_on, merge_verified
+from peftkit.merge import MergeCheck, compare_logits, merge_verified
 from peftkit.model import load
+from peftkit.save_model import logits_of, token_ids, write_verified
 from peftkit.use import Origin, find_origin, load_adapted
 
 ONTO = {
@@ -23,7 +23,6 @@ ONTO = {
     "requantised": "the weights it was trained on, merged and quantised again: small, and most of the update may be lost",
 }
 MAX_KL = 1e-2  # nats
-ROWS, LENGTH = 4, 64  # of the tokens on which models are compared
 
 
 @dataclass(frozen=True)
@@ -110,35 +109,3 @@ def _requantise(adapted: Any, tokenizer: Any, origin: Origin, target: Path) -> F
 
 def _square(weight: Tensor) -> float:
     return weight.detach().double().square().sum().item()
-
-
-def token_ids(model: Any) -> Tensor:
-    """The tokens (rows, length) on which models are compared: random ones, the same at every call."""
-    config = model.config.get_text_config()
-    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
-    return torch.randint(config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> Tensor:
-    return logits_on(model.eval(), token_ids(model))
-
-
-def write_verified(model: Any, tokenizer: Any, target: Path) -> None:
-    """Saves a model with its tokenizer beside `target`, reads it back and compares logits bit for bit, and only then puts it there.
-
-    Raises MergeError where what was read back computes something else.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
-        folder = Path(beside) / target.name
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        again, _ = load(str(folder), None, model.dtype)
-        difference = (logits_of(again).float() - logits_of(model).float()).abs().max().item()
-        if difference != 0:
-            raise MergeError(f"the model read back from disk is not the one in memory: logits differ by up to {difference:.3g}; nothing was left in {target}")
-        if target.exists():  # empty, or check_target would have refused it
-            target.rmdir()
-        folder.rename(target)

@@ -12,6 +12,10 @@ from peftkit.checkpoint import checkpoints
 from peftkit.config import ConfigError, read_yaml
 from peftkit.recipe import Recipe, resolved
 from peftkit.result import write_text
+from peftkit.train import TrainConfig
+
+MICRO_BATCH_FILE = "micro_batch_size.json"
+"""What `micro_batch_size: auto` became, for a run that is resumed where there is more memory or less."""
 
 
 def open_folder(recipe: Recipe, resume: bool) -> Path:
@@ -46,8 +50,13 @@ def must_be_writable(folder: Path) -> None:
         raise ConfigError(f"output_dir: nothing can be written to {there} ({error.strerror}); give another output_dir, or make it writable") from error
 
 
-def must_have_room(folder: Path, needed: int, what: str) -> None:
-    """Raises ConfigError where the disk of `folder`, which need not exist yet, has not `needed` bytes free."""
+def must_have_room(folder: Path, train: TrainConfig, saved: int, state: int) -> None:
+    """Raises ConfigError where the disk of `folder`, which need not exist yet, cannot hold a run.
+
+    saved: bytes written at the end. state: bytes of one checkpoint, of which the kept ones and the one that is being written take room.
+    """
+    kept = (train.keep_last + (train.keep_best if train.eval_every else 0) + 1) if train.save_every or train.eval_every else 1
+    needed, what = saved + kept * state, f"what it trains, and {kept} checkpoints at most"
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(there).free) < needed:
         raise ConfigError(f"output_dir: the run writes {human(needed)} ({what}) and {human(free)} are free in {there}; make room, or give another output_dir")
@@ -58,7 +67,7 @@ def start_folder(folder: Path, recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("adapter", "model", "checkpoints"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    for old in ("result.json", "before.json", "metrics.jsonl", "predictions.jsonl", "loss.png"):
+    for old in ("result.json", "before.json", MICRO_BATCH_FILE, "metrics.jsonl", "predictions.jsonl", "loss.png"):
         (folder / old).unlink(missing_ok=True)
     write_text(folder / "recipe.yaml", resolved(recipe))
 

@@ -39,6 +39,10 @@ class Recipe(Config):
         wishes = [wish for method in self.build_methods() if (wish := method.quantize())]
         return self.model.quantize or (wishes[0] if wishes else None)
 
+    def with_micro_batch(self, rows: int) -> Recipe:
+        """The recipe with this many rows at a time."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": rows})})
+
 
 def load_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, a dict or as it is, with `key=value` overrides, validated as a whole.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from rich.console import Console
 
 from peftkit import data, evaluate, forecast, methods
@@ -25,13 +25,14 @@ from peftkit.compiling import compile_blocks, uncompiled
 from peftkit.config import ConfigError
 from peftkit.console import bar
 from peftkit.energy import energy_joules
-from peftkit.folder import open_folder, start_folder
+from peftkit.folder import MICRO_BATCH_FILE, must_have_room, open_folder, start_folder
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
 from peftkit.model import load, load_config, load_tokenizer, reads_with_encoder, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.result import MetricsLog, Result, machine, plot_loss, versions, write_json
+from peftkit.save_model import write_verified
 from peftkit.trackers import flat
 from peftkit.tripwires import Tripwires
 
@@ -51,7 +52,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     sets = load_sets(recipe, tokenizer, console)
-    asked, recipe = recipe, fitted(recipe, sets, accelerator, console)
+    asked, recipe = recipe, fitted(recipe, sets, accelerator, console, folder / MICRO_BATCH_FILE if resume else None)
     set_seed(recipe.train.seed)
     model, _ = load(
         recipe.model.name, recipe.quantize, "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype),
@@ -80,8 +81,16 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     loss = TokenLoss(model)
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 
-    if not resume and accelerator.is_main_process:
-        start_folder(folder, asked)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not resume:
+        if asked.train.micro_batch_size == "auto":
+            recipe = confirmed(recipe, loss, sets["train"], accelerator, handles, console)
+        if accelerator.is_main_process:
+            saved, eight_bit = sum(parameter.nbytes for parameter in trained), not isinstance(optimizer, torch.optim.AdamW)
+            must_have_room(folder, recipe.train, saved, saved + sum(forecast.state_bytes(parameter, eight_bit) for parameter in trained))
+            start_folder(folder, asked)
+            if recipe is not asked:
+                write_json(folder / MICRO_BATCH_FILE, recipe.train.micro_batch_size)
     accelerator.wait_for_everyone()
     tripwires = Tripwires(
         model, handles, recipe.train.warn_only, lambda text: console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True),
@@ -175,10 +184,14 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any
     return sets
 
 
-def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, console: Console) -> Recipe:
-    """The recipe with a number in the place of `micro_batch_size: auto`, the most rows that the forecast says fit. Raises ConfigError."""
+def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, console: Console, recorded: Path | None = None) -> Recipe:
+    """The recipe with a number for `micro_batch_size: auto`: the recorded one, else the most rows that the forecast says fit. Raises ConfigError."""
     if recipe.train.micro_batch_size != "auto":
         return recipe
+    if recorded is not None and recorded.exists():
+        count = json.loads(recorded.read_text())
+        console.print(f"micro_batch_size auto: {count} rows at a time, as before", highlight=False, markup=False)
+        return recipe.with_micro_batch(count)
     rows = data.make_rows(sets["train"], recipe.data)
     config = load_config(recipe.model.name, recipe.model.revision)
     pairs = reads_with_encoder(config)
@@ -186,6 +199,45 @@ def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, conso
     recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
     console.print(said, highlight=False, markup=False)
     return recipe
+
+
+def confirmed(
+    recipe: Recipe, loss: TokenLoss, examples: data.Examples, accelerator: Accelerator, handles: dict[str, methods.Handle], console: Console
+) -> Recipe:  # fmt: skip
+    """The recipe with the forecast's micro-batch tried, forward and backward, on the longest rows: half as many rows for as long as memory is short.
+
+    Leaves no trace in gradients and generators. Raises ConfigError where not even one row fits.
+    """
+    rows, count = data.make_rows(examples, recipe.data), int(recipe.train.micro_batch_size or 1)
+    longest = rows.summed(examples.lengths).argsort(kind="stable")[::-1]
+    before = training.randomness(handles)
+    loss.train()
+    while True:
+        short = None
+        try:
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=autocasts(recipe)):
+                loss(**to_batch([rows[int(i)] for i in longest[:count]], loss))[0].backward()
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+                raise
+            short = str(error).splitlines()[0]
+        for parameter in loss.parameters():
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if short is None:
+            break
+        if count == 1:
+            raise ConfigError(f"train.micro_batch_size: the longest row alone is too much ({short}): shorten data.max_length, set train.gradient_checkpointing")
+        count //= 2
+        console.print(f"micro_batch_size auto: the longest rows need more than is there ({short}); {count} at a time", highlight=False, markup=False)
+    training.set_randomness(before, handles)
+    return recipe.with_micro_batch(min(gather_object([count])))  # of all devices
+
+
+def autocasts(recipe: Recipe) -> bool:
+    """Whether the forward runs in bfloat16 over weights of higher precision."""
+    return recipe.train.full_finetuning and resolve_dtype(recipe.model.dtype) == torch.bfloat16
 
 
 def train(
@@ -223,7 +275,7 @@ def train(
             lambda row: sum(len(example.input_ids) for example in row),
             lambda row: sum(sum(example.trained[1:]) for example in row),
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
-            autocast=recipe.train.full_finetuning and resolve_dtype(recipe.model.dtype) == torch.bfloat16,
+            autocast=autocasts(recipe),
             lengths=sets["train"].lengths if grouped else None,
             where=lambda row: [example.where for example in row],
             evaluate=scores.loss_now if sets["eval"] else None, on_evaluation=on_evaluation, tripwires=tripwires,
@@ -298,15 +350,15 @@ def save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> dict[str, 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     modules = sum(methods.describe(model).modules.values()) if recipe.methods else 0
     target = folder / ("model" if recipe.train.full_finetuning else "adapter")
-    writing = folder / f".writing-{target.name}"  # renamed once it is whole
-    shutil.rmtree(writing, ignore_errors=True)
     if recipe.train.full_finetuning:
         if recipe.methods:
             methods.detach(model)
-        model.save_pretrained(writing)
-        tokenizer.save_pretrained(writing)
+        with uncompiled():
+            write_verified(model, tokenizer, target)
     else:
+        writing = folder / ".writing-adapter"  # renamed once it is whole
+        shutil.rmtree(writing, ignore_errors=True)
         save_adapter(model, writing, tokenizer=tokenizer, recipe=recipe.model_dump())
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(writing, target)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(writing, target)
     return {"trainable_parameters": trained, "bytes": sum(f.stat().st_size for f in target.glob("*.safetensors")), "modules": modules}

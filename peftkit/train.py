@@ -29,7 +29,7 @@ from peftkit.methods import Handle
 from peftkit.optim import schedule
 from peftkit.tripwires import STEPS_TO_MOVE, TrainingStopped, Tripwire, Tripwires
 
-__all__ = ["MICRO_TOKENS", "TrainConfig", "TrainStats", "TrainingStopped", "enable_checkpointing", "train"]
+__all__ = ["MICRO_TOKENS", "TrainConfig", "TrainStats", "TrainingStopped", "enable_checkpointing", "randomness", "set_randomness", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class TrainConfig(Config):
     batch_size: int = Field(16, gt=0)
     """Rows per optimizer step, over all devices (packed rows, where rows are packed)."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
-    """Rows per forward on one device; null puts rows together up to 1,024 tokens with their padding, auto as many as memory is forecast to hold."""
+    """Rows per forward on one device; null puts rows together up to 1,024 tokens with their padding, auto as many as memory is forecast to hold, tried on the longest rows first."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, in every parameter group."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
@@ -203,7 +203,7 @@ def train(
         stats = TrainStats(**state["stats"])
         if len(state["devices"]) != world:
             raise CheckpointError(f"{found[-1]} was written by {len(state['devices'])} processes, this run has {world}: resume with as many")
-        _set_randomness(state["devices"][rank], handles)
+        set_randomness(state["devices"][rank], handles)
     if config.micro_batch_size == "auto":
         raise ValueError("micro_batch_size: auto is decided before the loop; give it a number")
 
@@ -212,7 +212,7 @@ def train(
         return micro_batches_of([rows[i] for i in order[step]][rank::world], config.micro_batch_size, length)
 
     def save() -> Path:
-        devices = gather_object([_randomness(handles)])
+        devices = gather_object([randomness(handles)])
         tripwires.base_unchanged(f"up to step {stats.steps}")
         path = folder / f"step-{stats.steps:06d}"
         if accelerator.is_main_process:
@@ -328,7 +328,7 @@ def _end_with_the_best(model: nn.Module, evaluations: Evaluations, folder: Path,
         logger.info("the parameters of step %d, which had the lowest evaluation loss", best)
 
 
-def _randomness(handles: dict[str, Handle]) -> dict[str, Any]:
+def randomness(handles: dict[str, Handle]) -> dict[str, Any]:
     """Every generator that this process draws from in training."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "handles": {name: handle.state_dict() for name, handle in handles.items()}}
     if torch.cuda.is_available():
@@ -336,7 +336,8 @@ def _randomness(handles: dict[str, Handle]) -> dict[str, Any]:
     return state
 
 
-def _set_randomness(state: dict[str, Any], handles: dict[str, Handle]) -> None:
+def set_randomness(state: dict[str, Any], handles: dict[str, Handle]) -> None:
+    """Puts them back."""
     torch.set_rng_state(state["torch"])
     for name, handle in handles.items():
         handle.load_state_dict(state["handles"][name])

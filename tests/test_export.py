@@ -19,8 +19,8 @@ from peftkit.adapter_file import ADAPTER_FILE, CONFIG_FILE
 from peftkit.cli import main
 from peftkit.config import ConfigError
 from peftkit.export import export, servers_for
-from peftkit.fold import logits_of
 from peftkit.layers import adapter_layers
+from peftkit.save_model import logits_of
 from peftkit.servers import SERVERS
 
 METHODS = {

@@ -217,6 +217,60 @@ def test_run_takes_the_micro_batch_from_the_forecast(tmp_path):
     assert "micro_batch_size: auto" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
+def auto_recipe(folder, **train):
+    """Steps with dropout and noise, so that a generator moved by anything would show."""
+    return {
+        "model": {"name": "builtin:tiny"}, "methods": [{"dora": {"r": 2, "dropout": 0.1}}, {"neftune": {"alpha": 5}}],
+        "data": {"train": "builtin:copy/train", "train_rows": 8},
+        "train": {"batch_size": 4, "max_steps": 4, "learning_rate": 1.0e-3, "micro_batch_size": "auto", "save_every": 2, **train}, "output_dir": str(folder),
+    }  # fmt: skip
+
+
+def adapter_of(folder):
+    return (folder / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_trying_the_micro_batch_first_changes_nothing_of_the_run(tmp_path):
+    pk.run(auto_recipe(tmp_path / "auto"))
+    pk.run(auto_recipe(tmp_path / "told", micro_batch_size=4))
+    assert adapter_of(tmp_path / "auto") == adapter_of(tmp_path / "told")
+
+
+def test_a_micro_batch_that_the_memory_does_not_hold_is_halved(tmp_path, monkeypatch):
+    """The forecast may be wrong, so the longest rows go first: before a step is taken, and not hours into the run."""
+    forward, tried = TokenLoss.forward, []
+
+    def short_of_memory(self, labels, **inputs):
+        if torch.is_grad_enabled():
+            tried.append(len(labels))
+            if len(labels) > 2:
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return forward(self, labels, **inputs)
+
+    monkeypatch.setattr("peftkit.forecast.with_micro_batch", lambda recipe, *_: (recipe.with_micro_batch(4), "four"))
+    monkeypatch.setattr(TokenLoss, "forward", short_of_memory)
+    pk.run(auto_recipe(tmp_path / "auto"))
+    assert tried == [4, 2] + 4 * [2, 2]
+    assert (tmp_path / "auto/micro_batch_size.json").read_text().strip() == "2"
+    pk.run(auto_recipe(tmp_path / "told", micro_batch_size=2))
+    assert adapter_of(tmp_path / "auto") == adapter_of(tmp_path / "told")
+    monkeypatch.setattr(TokenLoss, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+    with pytest.raises(ConfigError, match="longest row alone"):
+        pk.run(auto_recipe(tmp_path / "none") | {"eval": {"before": False}})
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_resumed_run_keeps_the_micro_batch_that_it_began_with(tmp_path, monkeypatch):
+    """Another size sums the losses in another order: the bits would differ, and nobody would know why."""
+    pk.run(auto_recipe(tmp_path / "run"))
+    whole = adapter_of(tmp_path / "run")
+    for late in ("result.json", "adapter/adapter_model.safetensors"):
+        (tmp_path / "run" / late).unlink()
+    monkeypatch.setattr("peftkit.forecast.with_micro_batch", lambda *_: pytest.fail("asked again"))
+    pk.run(auto_recipe(tmp_path / "run"), resume=True)
+    assert adapter_of(tmp_path / "run") == whole
+
+
 def test_sizes_of_memory():
     assert parse_bytes("24GB") == 24 * 10**9 and parse_bytes(" 1.5 gib") == 1.5 * 2**30 and parse_bytes("512KB") == 512_000
     for wrong in ("24", "lots", "0GB", "24 Gb/s", "-1GB", "1e3GB"):

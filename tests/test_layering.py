@@ -21,7 +21,7 @@ LEVELS = [
     ["chat", "fold", "rehearse", "servers"],
     ["bench", "check", "doctor", "use"],
     ["run"],
-    ["forecast", "folder"],
+    ["forecast", "folder", "save_model"],
     ["recipe", "result"],
     ["train", "evaluate", "average"],  # the loop saves checkpoints, follows a schedule and measures memory; averaging reads and writes adapters
     [
@@ -122,7 +122,7 @@ def test_only_the_runner_and_the_tools_put_stages_together():
     stages = {name for level in LEVELS if {"train", "data"} & {*level} for name in level}
     together = {a for a in LEVEL if len({b for source, b in edges() if source == a} & stages) > 1}
     assert together <= {
-        "bench", "chat", "doctor", "export", "fold", "folder", "forecast", "rehearse", "run", "check", "use", "recipe", "train", "cli",
+        "bench", "chat", "doctor", "export", "fold", "folder", "forecast", "rehearse", "run", "check", "use", "recipe", "save_model", "train", "cli",
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peftkit as pk
-from peftkit.checkpoint import checkpoints
+from peftkit.checkpoint import CheckpointError, checkpoints
 from peftkit.config import ConfigError
 from peftkit.data import DataOrder, Example, collate
 from peftkit.loss import TokenLoss
@@ -234,6 +235,32 @@ def test_full_finetuning_saves_a_model(tmp_path):
     weights = load_file(tmp_path / "full/model/model.safetensors")
     base, _ = pk.load("builtin:tiny", dtype="float32")
     assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"].float(), base.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_full_model_that_is_not_what_was_trained_is_never_left(tmp_path, monkeypatch):
+    """The trap: a save that loses something. The folder is there, loads without an error, and computes something else."""
+    save = type(pk.load("builtin:tiny")[0]).save_pretrained
+
+    def lossy(self, folder, *args, **kwargs):
+        save(self, folder, *args, **kwargs)
+        file = next(Path(folder).glob("*.safetensors"))
+        tensors = load_file(file)
+        tensors["model.norm.weight"] *= 1.001
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", lossy)
+    made = recipe(tmp_path / "full", full_finetuning=True, max_steps=1, learning_rate=1.0e-4)
+    with pytest.raises(CheckpointError, match="read back from disk is not the one in memory"):
+        pk.run(made | {"methods": [], "model": {"name": "builtin:tiny"}})
+    assert not (tmp_path / "full/model").exists()
+
+
+def test_a_disk_too_small_for_the_run_is_told_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("peftkit.folder.shutil.disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(ConfigError, match=r"output_dir: the run writes .* are free in"):
+        pk.run(recipe(tmp_path / "run", max_steps=1))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistyped_run_deletes_nothing(tmp_path):

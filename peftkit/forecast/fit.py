@@ -199,5 +199,4 @@ def with_micro_batch(recipe: Recipe, config: Any, plan: Plan, processes: int = 1
             f"train.micro_batch_size: one row at a time needs {human(of_micro_batch(skeleton, plan, 1, processes).total)} and what goes with it, and there are "
             f"{human(there.bytes)} {there.where}: shorten data.max_length, set train.gradient_checkpointing, quantize the model, or give a number to try it"
         )
-    train = recipe.train.model_copy(update={"micro_batch_size": count})
-    return recipe.model_copy(update={"train": train}), f"micro_batch_size auto: {count} rows at a time, for {human(there.bytes)} {there.where}"
+    return recipe.with_micro_batch(count), f"micro_batch_size auto: {count} rows at a time, for {human(there.bytes)} {there.where}"

@@ -50,7 +50,7 @@ class Skeleton:
             self.loss = TokenLoss(self.model)
         self.trained = {id(p): p for p in self.model.parameters() if p.requires_grad}
         self.gradients = sum(p.nbytes for p in self.trained.values())
-        self.optimizer = sum(_state_bytes(p, self._paged()) for p in self.trained.values())
+        self.optimizer = sum(state_bytes(p, self._paged()) for p in self.trained.values())
 
     def _quantise(self, kind: str | None) -> None:
         """Counts the weights that will be quantised as they are stored then, and what each use of one borrows."""
@@ -119,8 +119,8 @@ def _borrowed(weights: int, kind: str, dtype: torch.dtype) -> int:
     return int(weights * (4 + dtype.itemsize if kind == "int8" else dtype.itemsize + SCALES))
 
 
-def _state_bytes(parameter: torch.Tensor, paged: bool) -> int:
-    """AdamW's two moments: in the parameter's dtype, or in 8 bits with a scale for each 256 where the parameter is large enough."""
+def state_bytes(parameter: torch.Tensor, paged: bool) -> int:
+    """Of AdamW's two moments: in the parameter's dtype, or in 8 bits with a scale for each 256 where the parameter is large enough."""
     if not paged:
         return 2 * parameter.nbytes
     return 2 * parameter.numel() + 8 * -(-parameter.numel() // 256) if parameter.numel() >= 4096 else 8 * parameter.numel()

@@ -71,11 +71,11 @@ class Forecast:
 
 def forecast(skeleton: Skeleton, workload: Workload, accumulates: bool, evaluation: Workload | None = None, generation: Generation | None = None) -> Forecast:
     """What the recipe will need with this micro-batch as its largest, and these batches of evaluation."""
-    activations, backward = _training(skeleton, workload, accumulates)
     batch = evaluation or workload._replace(rows=1, supervised=workload.answer or workload.tokens)
     if (batch, generation) not in skeleton.evaluations:
         skeleton.evaluations[batch, generation] = max(_evaluation(skeleton, batch), _generation(skeleton, generation))
     evaluating = skeleton.evaluations[batch, generation]
+    activations, backward = _training(skeleton, workload, accumulates)  # after evaluation, as in a run: the loss has tried by then whether it may gather
     gradients = skeleton.gradients if accumulates else 0
     return Forecast(skeleton.weights, skeleton.adapters + skeleton.kept, skeleton.optimizer, gradients, activations, backward, evaluating)
 
@@ -104,14 +104,13 @@ def _training(skeleton: Skeleton, workload: Workload, accumulates: bool) -> tupl
 
 def _evaluation(skeleton: Skeleton, workload: Workload) -> int:
     """The peak of the loss of one batch, and of trying on one row whether the loss may gather before the head."""
-    trace, gathers = skeleton.trace, skeleton.loss.gathers
+    trace = skeleton.trace
     with _set(skeleton, workload), torch.no_grad():
         skeleton.model.eval()
         trace.restart_peak()
         resting = trace.live
         skeleton.loss.gathers = None
         skeleton.loss(**_batch(workload))
-        skeleton.loss.gathers = gathers
         skeleton.model.train()
         return trace.peak - resting
 

@@ -49,7 +49,7 @@ class TrainConfig(Config):
     batch_size: int = Field(16, gt=0)
     """Rows per optimizer step, over all devices (packed rows, where rows are packed)."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
-    """Rows per forward on one device; null puts rows together up to 1,024 tokens with their padding, auto as many as memory is forecast to hold, tried on the longest rows first."""
+    """Rows per forward on one device; null puts rows together up to 1,024 tokens with padding, auto as many as memory is forecast to hold (tried first)."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, in every parameter group."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"

@@ -20,7 +20,8 @@ from peftkit.bench.compare import compare, task_names
 from peftkit.bench.overview import comparisons_by_task, in_one_sentence, score
 from peftkit.bench.page import html
 from peftkit.bench.plots import save_plots
-from peftkit.bench.report import markdown, table
+from peftkit.bench.records import Searched
+from peftkit.bench.report import markdown, notes, table
 from peftkit.bench.svg import Scale, log_ticks, ticks
 from peftkit.cli import main
 
@@ -376,3 +377,15 @@ def test_learning_rates_by_loss_where_search_runs_have_no_other_score():
     figure = {each.key: each for each in figures(results.model_copy(update={"cells": cells}))}["learning-rates-sql"]
     assert {chart.y.label for chart in figure.charts} == {"loss"}
     assert {(mark.x, round(mark.y, 1)) for mark in figure.charts[0].series[0].marks} == {(1e-3, 1000.0), (3e-3, 333.3), (1e-2, 100.0), (3e-3, 0.2)}
+
+
+@pytest.mark.parametrize(("rung", "warned"), [(40, True), (60, False)])
+def test_rates_chosen_on_much_shorter_runs_are_told(rung, warned):
+    """The trap: runs of 40 steps chose a rate at which runs of 120 steps break down, and the method looked worse than it is."""
+    searched = Searched(
+        task="sql", method="lora", rates=[0.01, 0.02], chosen=0.02, edge="highest", judged_by="held-out rows",
+        losses={"0.01": [[rung, 0.7]], "0.02": [[rung, 0.6]]},
+    )  # fmt: skip
+    results = results_of(record("lora", "sql", 0, 0.3, 0.02, steps=120)).model_copy(update={"search": [searched]})
+    told = [line for line in notes(results) if "chosen on runs of" in line]
+    assert [("lora on sql" in line, f"runs of {rung} steps, for final runs of 120" in line) for line in told] == [(True, True)] * warned

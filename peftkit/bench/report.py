@@ -80,7 +80,7 @@ def notes(results: Results) -> list[str]:
     lines += [f"{each.method} against {each.other}: {plan(each.difference).words()}" for each in found if each.outcome == "equal" and each.difference]
     if results.target_loss is not None:
         lines += [each.words() for each in to_target(results, results.target_loss)]
-    lines += [each.words() for each in results.search] + [each.words() for each in sensitivity(results)]
+    lines += [each.words() for each in results.search] + short_searches(results) + [each.words() for each in sensitivity(results)]
     if results.target is not None:
         reached = ", ".join(f"{row.method} {row.at_target} of {row.done + len(row.failed)}" for row in table(results))
         lines.append(f"Seeds that reached {results.metric} {results.target:.1%}: {reached}.")
@@ -89,6 +89,21 @@ def notes(results: Results) -> list[str]:
         lines.append("The interval of a method with one seed is about that one run; other seeds may lie outside.")
     lines += [_failure(record) for record in results.failed]
     return lines + [_origin(results)]
+
+
+def short_searches(results: Results) -> list[str]:
+    """A warning where rates were chosen on runs of less than half the steps of the final ones: higher rates win short runs, and may break down in long ones."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for each in results.search:
+        steps = [int(steps) for rungs in each.losses.values() for steps, _ in rungs if steps is not None]
+        final = [int(record.train["steps"]) for record in results.methods.get(each.method, []) if record.task == each.task and record.train]
+        if len(each.rates) > 1 and steps and final and 2 * max(steps) < min(final):
+            found.setdefault((max(steps), min(final)), []).append(f"{each.method} on {each.task}" if each.task else each.method)
+    return [
+        f"Learning rates of {', '.join(names)} were chosen on runs of {steps} steps, for final runs of {many}: the highest rates win short runs and may break "
+        "down in longer ones; add a rung of at least half the steps."
+        for (steps, many), names in found.items()
+    ]
 
 
 def terminal(results: Results, console: Console) -> None:

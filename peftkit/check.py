@@ -14,9 +14,9 @@ from rich.text import Text
 from peftkit import data, methods
 from peftkit.amounts import human
 from peftkit.config import ConfigError
-from peftkit.evaluate import GENERATING, answer_room, must_have_answers
+from peftkit.evaluate import GENERATING, must_have_answers
 from peftkit.folder import must_have_room, open_folder
-from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch, of_recipe, sizes_of
+from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch, of_recipe, plan_of
 from peftkit.model import load_config, load_tokenizer, reads_with_encoder
 from peftkit.recipe import Recipe, load_recipe
 
@@ -61,12 +61,14 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         return report
     skeleton = Skeleton(recipe, config, there.gpu)
     _tell_model(report, skeleton)
-    must_have_room(folder, recipe.train, skeleton.weights if recipe.train.full_finetuning else skeleton.gradients, skeleton.gradients + skeleton.optimizer)
     plan = None
     try:
         plan = _tell_data(report, tokenizer, reads_with_encoder(config))
     except data.HubError as error:
         report.sections["data"] = [f"unchecked: {error}"]
+    if not resume:
+        steps = recipe.train.steps(len(plan.rows)) if plan else recipe.train.max_steps or 2
+        must_have_room(folder, recipe.train, steps, skeleton.gradients, skeleton.gradients + skeleton.optimizer)
     _tell_memory(report, skeleton, plan or Plan(_full_rows(recipe, reads_with_encoder(config))), there, known=plan is not None)
     _tell_time(report)
     report.facts["conflicts"] = conflicts(report, config, plan)
@@ -115,9 +117,10 @@ def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
     examples, found = data.load_examples(recipe.data, tokenizer, "train", pairs)
     report.rows = [(data.colour_row(example, tokenizer), data.marked_row(example, tokenizer)) for example in examples[:SHOWN]]
-    rows = sizes_of(data.make_rows(examples, recipe.data), pairs)
-    del examples
     evaluated, eval_found = data.load_examples(recipe.data, tokenizer, "eval", pairs)
+    plan = plan_of(recipe, tokenizer, examples, evaluated, pairs)
+    rows = plan.rows
+    del examples
     sets = {"eval": evaluated} | {
         name: data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train", pairs)[0] for name in recipe.eval.retained
     }
@@ -125,10 +128,6 @@ def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
     for name in recipe.eval.retained + (["eval"] if generating else []):
         must_have_answers(generating, name, sets[name])
     choices = data.load_choices(recipe.data, tokenizer, recipe.eval.choices, pairs)[1] if "choice_accuracy" in recipe.eval.metrics else []
-    prompts = room = 0
-    if evaluated and generating:
-        room = recipe.eval.max_new_tokens or answer_room(tokenizer, [example.answer for example in evaluated])
-        prompts = max(len(example.prompt_ids) for example in evaluated) + room
     filled = found.tokens / (len(rows) * recipe.data.max_length) if recipe.data.packing else None
     special = [f"{name} {getattr(tokenizer, f'{name}_token')!r} ({getattr(tokenizer, f'{name}_token_id')})" for name in ("bos", "eos", "pad")]
     lines = found.lines() + histogram(found.lengths) + eval_found.lines() + choices
@@ -144,7 +143,7 @@ def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
         "rows_after_packing": len(rows),
         "filled": filled,
     }
-    return Plan(rows, sizes_of(evaluated, pairs), prompts, room)
+    return plan
 
 
 def _counts(found: data.DataReport) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def fold(
     """Writes the model of an adapter (a run or adapter folder) as a plain model folder with its tokenizer.
 
     onto: one of ONTO. dtype: of the arithmetic and the folder; None is what the run used, else the hardware's.
-    Raises ConfigError for wrong usage, MergeError where the mean KL divergence from the adapted model is above `max_kl` nats
-    or where the folder read back computes something else; nothing is left behind then.
+    Raises ConfigError for wrong usage, MergeError where the mean KL divergence from the adapted model is above `max_kl` nats,
+    CheckpointError where the folder read back computes something else; nothing is left behind then.
     """
     if onto not in ONTO:
         raise ConfigError(f"--onto: unknown {onto!r}{suggest(onto, ONTO)} (there are: {', '.join(ONTO)})")
@@ -85,17 +85,17 @@ def fold(
     else:
         adapted, tokenizer = load_adapted(origin)
     if onto == "requantised":
-        return _requantise(adapted, tokenizer, origin, target)
+        return _requantise(adapted, tokenizer, origin, target, max_kl)
     check = merge_verified(adapted, token_ids(adapted), max_kl)
     write_verified(adapted, tokenizer, target)
     return FoldReport(target, onto, check, max_kl, None if trained is None else against)
 
 
-def _requantise(adapted: Any, tokenizer: Any, origin: Origin, target: Path) -> FoldReport:
+def _requantise(adapted: Any, tokenizer: Any, origin: Origin, target: Path, max_kl: float) -> FoldReport:
     before = logits_of(adapted)
     moved = sum(_square(layer.merged_weight() - dense_weight(layer.base_layer)) for layer in adapter_layers(adapted).values())
     names = list(adapter_layers(adapted))
-    merge_verified(adapted, token_ids(adapted), MAX_KL)  # in place
+    merge_verified(adapted, token_ids(adapted), max_kl)  # in place
     merged = adapted
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merging-") as plain:

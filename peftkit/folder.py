@@ -16,6 +16,8 @@ from peftkit.train import TrainConfig
 
 MICRO_BATCH_FILE = "micro_batch_size.json"
 """What `micro_batch_size: auto` became, for a run that is resumed where there is more memory or less."""
+EARLIER = ("adapter", "model", "checkpoints")
+"""What a new run clears out of its folder."""
 
 
 def open_folder(recipe: Recipe, resume: bool) -> Path:
@@ -50,23 +52,30 @@ def must_be_writable(folder: Path) -> None:
         raise ConfigError(f"output_dir: nothing can be written to {there} ({error.strerror}); give another output_dir, or make it writable") from error
 
 
-def must_have_room(folder: Path, train: TrainConfig, saved: int, state: int) -> None:
-    """Raises ConfigError where the disk of `folder`, which need not exist yet, cannot hold a run.
+def must_have_room(folder: Path, train: TrainConfig, steps: int, saved: int, state: int) -> None:
+    """Raises ConfigError where the disk of `folder`, which need not exist yet, cannot hold a new run there of so many steps.
 
-    saved: bytes written at the end. state: bytes of one checkpoint, of which the kept ones and the one that is being written take room.
+    saved: bytes written at the end. state: bytes of one checkpoint, of which the kept ones and the one that is being written take room; one is written where
+    the run is stopped, too. An earlier run in the folder gives its room up.
     """
-    kept = (train.keep_last + (train.keep_best if train.eval_every else 0) + 1) if train.save_every or train.eval_every else 1
-    needed, what = saved + kept * state, f"what it trains, and {kept} checkpoints at most"
+    on_the_way = (steps - 1) // train.save_every if train.save_every else 0
+    best = (steps - 1) // train.eval_every if train.eval_every and train.keep_best else 0
+    kept = min(train.keep_last + min(train.keep_best, best) + 1, max(on_the_way + best, 1))
+    needed = saved + kept * state
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if (free := shutil.disk_usage(there).free) < needed:
-        raise ConfigError(f"output_dir: the run writes {human(needed)} ({what}) and {human(free)} are free in {there}; make room, or give another output_dir")
+    earlier = sum(file.stat().st_size for old in EARLIER for file in (folder / old).rglob("*") if file.is_file())
+    if (free := shutil.disk_usage(there).free + earlier) < needed:
+        raise ConfigError(
+            f"output_dir: the run writes {human(needed)} (what it trains, and {kept} checkpoints at most) and {human(free)} are free in {there}; make room, "
+            "or give another output_dir"
+        )
 
 
 def start_folder(folder: Path, recipe: Recipe) -> None:
     """Clears an earlier run out of its folder and writes the recipe: only once data, model and targets are known to be good."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in ("adapter", "model", "checkpoints"):
-        shutil.rmtree(folder / old, ignore_errors=True)
+    for earlier in (*(folder / name for name in EARLIER), *folder.glob(".writing-*")):
+        shutil.rmtree(earlier, ignore_errors=True)
     for old in ("result.json", "before.json", MICRO_BATCH_FILE, "metrics.jsonl", "predictions.jsonl", "loss.png"):
         (folder / old).unlink(missing_ok=True)
     write_text(folder / "recipe.yaml", resolved(recipe))

@@ -65,6 +65,13 @@ def load_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
     return found
 
 
+def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run folder, with overrides of what is evaluated. It was checked when it ran: what this machine lacks for training is no matter now."""
+    found = validate(Recipe, apply_overrides(read_yaml(folder / "recipe.yaml"), list(overrides)))
+    check_installed(found.eval.metrics)
+    return found
+
+
 def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
     """What no single stage can see."""
 
@@ -77,6 +84,8 @@ def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
         raise wrong(("methods",), "full_finetuning trains the base itself; leave out the adapter methods or set train.full_finetuning: false")
     if full and recipe.quantize:
         raise wrong(("model", "quantize"), "a quantised base cannot be trained in full; use qlora, or quantize: null")
+    if full and recipe.model.attention == "flash_attention_2":
+        raise wrong(("model", "attention"), "full finetuning keeps fp32 weights, which flash attention does not evaluate; use attention: sdpa")
     if not full and not swapping:
         raise wrong(("methods",), "nothing would train; add lora, dora or qlora, or set train.full_finetuning: true")
     wishes = {wish for method in methods if (wish := method.quantize())}

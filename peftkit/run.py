@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +52,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     sets = load_sets(recipe, tokenizer, console)
-    asked, recipe = recipe, fitted(recipe, sets, accelerator, console, folder / MICRO_BATCH_FILE if resume else None)
+    asked, recipe = recipe, fitted(recipe, tokenizer, sets, accelerator, console, folder / MICRO_BATCH_FILE if resume else None)
     set_seed(recipe.train.seed)
     model, _ = load(
         recipe.model.name, recipe.quantize, "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype),
@@ -82,12 +82,13 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     optimizer = build_optimizer(model, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    eight_bit = not isinstance(optimizer, torch.optim.AdamW)
+    saved, states = sum(p.nbytes for p in trained), sum(forecast.state_bytes(p, eight_bit) for p in trained)
     if not resume:
         if asked.train.micro_batch_size == "auto":
-            recipe = confirmed(recipe, loss, sets["train"], accelerator, handles, console)
+            recipe = confirmed(recipe, loss, sets["train"], states, accelerator, handles, console)
+        must_have_room(folder, recipe.train, recipe.train.steps(len(data.make_rows(sets["train"], recipe.data))), saved, saved + states)
         if accelerator.is_main_process:
-            saved, eight_bit = sum(parameter.nbytes for parameter in trained), not isinstance(optimizer, torch.optim.AdamW)
-            must_have_room(folder, recipe.train, saved, saved + sum(forecast.state_bytes(parameter, eight_bit) for parameter in trained))
             start_folder(folder, asked)
             if recipe is not asked:
                 write_json(folder / MICRO_BATCH_FILE, recipe.train.micro_batch_size)
@@ -158,8 +159,8 @@ def resume_line(recipe: Any, overrides: Sequence[str], processes: int, device: s
     return f"{launch} run {shlex.join([str(recipe), *overrides])} --resume"
 
 
-def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any]:
-    """The examples of "train", "eval" and every retained set, and the questions of "choices" where they are asked for.
+def load_sets(recipe: Recipe, tokenizer: Any, console: Console, splits: Sequence[Literal["train", "eval"]] = ("train", "eval")) -> dict[str, Any]:
+    """The examples of these splits and of every retained set, and the questions of "choices" where they are asked for.
 
     Raises ConfigError where there is nothing to train on.
     """
@@ -167,7 +168,7 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any
         raise ConfigError(f"model: {recipe.model.name} holds no tokenizer, and training needs one")
     sets: dict[str, Any] = {}
     pairs = reads_with_encoder(load_config(recipe.model.name, recipe.model.revision))
-    for split in ("train", "eval"):
+    for split in splits:
         sets[split], report = data.load_examples(recipe.data, tokenizer, split, pairs)
         for line in report.lines():
             console.print(line, highlight=False, markup=False)
@@ -184,7 +185,7 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console) -> dict[str, Any
     return sets
 
 
-def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, console: Console, recorded: Path | None = None) -> Recipe:
+def fitted(recipe: Recipe, tokenizer: Any, sets: dict[str, Any], accelerator: Accelerator, console: Console, recorded: Path | None = None) -> Recipe:
     """The recipe with a number for `micro_batch_size: auto`: the recorded one, else the most rows that the forecast says fit. Raises ConfigError."""
     if recipe.train.micro_batch_size != "auto":
         return recipe
@@ -192,47 +193,59 @@ def fitted(recipe: Recipe, sets: dict[str, Any], accelerator: Accelerator, conso
         count = json.loads(recorded.read_text())
         console.print(f"micro_batch_size auto: {count} rows at a time, as before", highlight=False, markup=False)
         return recipe.with_micro_batch(count)
-    rows = data.make_rows(sets["train"], recipe.data)
-    config = load_config(recipe.model.name, recipe.model.revision)
-    pairs = reads_with_encoder(config)
-    plan = forecast.Plan(forecast.sizes_of(rows, pairs), forecast.sizes_of(sets["eval"], pairs))
-    recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
-    console.print(said, highlight=False, markup=False)
+    config, problem = load_config(recipe.model.name, recipe.model.revision), None
+    plan = forecast.plan_of(recipe, tokenizer, sets["train"], sets["eval"], reads_with_encoder(config))
+    try:
+        recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
+        console.print(said, highlight=False, markup=False)
+    except ConfigError as error:
+        problem = str(error)
+    together(problem)
     return recipe
 
 
 def confirmed(
-    recipe: Recipe, loss: TokenLoss, examples: data.Examples, accelerator: Accelerator, handles: dict[str, methods.Handle], console: Console
+    recipe: Recipe, loss: TokenLoss, examples: data.Examples, states: int, accelerator: Accelerator, handles: dict[str, methods.Handle], console: Console
 ) -> Recipe:  # fmt: skip
     """The recipe with the forecast's micro-batch tried, forward and backward, on the longest rows: half as many rows for as long as memory is short.
 
-    Leaves no trace in gradients and generators. Raises ConfigError where not even one row fits.
+    It is tried beside `states` bytes, which the optimizer will take, and where micro-batches accumulate beside gradients. Leaves no trace in parameters and
+    generators. Raises ConfigError where not even one row fits, on all devices alike.
     """
     rows, count = data.make_rows(examples, recipe.data), int(recipe.train.micro_batch_size or 1)
     longest = rows.summed(examples.lengths).argsort(kind="stable")[::-1]
     before = training.randomness(handles)
     loss.train()
     while True:
-        short = None
+        short, beside = None, torch.empty(0)
         try:
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=autocasts(recipe)):
-                loss(**to_batch([rows[int(i)] for i in longest[:count]], loss))[0].backward()
+            beside = torch.empty(states, dtype=torch.uint8, device=accelerator.device)
+            for _ in range(1 + (recipe.train.batch_size > count * accelerator.num_processes)):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=autocasts(recipe)):
+                    loss(**to_batch([rows[int(i)] for i in longest[:count]], loss))[0].backward()
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
                 raise
             short = str(error).splitlines()[0]
+        del beside
         for parameter in loss.parameters():
             parameter.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if short is None:
+            torch.cuda.reset_peak_memory_stats()
+        if short is None or count == 1:
             break
-        if count == 1:
-            raise ConfigError(f"train.micro_batch_size: the longest row alone is too much ({short}): shorten data.max_length, set train.gradient_checkpointing")
         count //= 2
         console.print(f"micro_batch_size auto: the longest rows need more than is there ({short}); {count} at a time", highlight=False, markup=False)
     training.set_randomness(before, handles)
+    together(short and f"train.micro_batch_size: the longest row alone is too much ({short}): shorten data.max_length, set train.gradient_checkpointing")
     return recipe.with_micro_batch(min(gather_object([count])))  # of all devices
+
+
+def together(problem: str | None) -> None:
+    """Raises ConfigError on every device where one has a problem: alone it would leave the others waiting for it."""
+    if found := [text for text in gather_object([problem]) if text]:
+        raise ConfigError(found[0])
 
 
 def autocasts(recipe: Recipe) -> bool:
@@ -276,7 +289,7 @@ def train(
             lambda row: sum(sum(example.trained[1:]) for example in row),
             recipe.train, accelerator, folder / "checkpoints", handles, on_step, resume,
             autocast=autocasts(recipe),
-            lengths=sets["train"].lengths if grouped else None,
+            lengths=sets["train"].lengths if grouped else None, rows_id=sets["train"].checksum,
             where=lambda row: [example.where for example in row],
             evaluate=scores.loss_now if sets["eval"] else None, on_evaluation=on_evaluation, tripwires=tripwires,
         )  # fmt: skip
@@ -331,9 +344,10 @@ class Scorer:
 
     def _prompts(self, name: str) -> list[str]:
         """The prompts of a set of predictions as text, without the template's special tokens."""
-        by_set = {each.name: each.examples for each in self.retained}
-        examples = by_set.get(name, self.main.examples if self.main else ())  # "eval" and "choices" are of the same rows
-        return [self.tokenizer.decode(example.prompt_ids, skip_special_tokens=True).strip() for example in examples]
+        by_set: dict[str, Any] = {each.name: each.examples for each in self.retained}
+        if self.main is not None:  # of the rows of "eval", some may have no choices
+            by_set |= {"eval": self.main.examples, "choices": [question.candidates[0] for question in self.main.choices]}
+        return [self.tokenizer.decode(example.prompt_ids, skip_special_tokens=True).strip() for example in by_set[name]]
 
     def loss_now(self) -> float:
         """The loss on the evaluation set, in the middle of training."""
@@ -354,7 +368,7 @@ def save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> dict[str, 
         if recipe.methods:
             methods.detach(model)
         with uncompiled():
-            write_verified(model, tokenizer, target)
+            write_verified(model, tokenizer, target, keep=True)
     else:
         writing = folder / ".writing-adapter"  # renamed once it is whole
         shutil.rmtree(writing, ignore_errors=True)

@@ -17,14 +17,17 @@ from peftkit.model import load
 ROWS, LENGTH = 4, 64  # of the tokens on which models are compared
 
 
-def write_verified(model: Any, tokenizer: Any, target: Path) -> None:
+def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False) -> None:
     """Saves a model with its tokenizer beside `target`, reads it back and compares logits bit for bit, and only then replaces `target`.
 
-    Memory holds the model twice for that while. Raises CheckpointError where what was read back computes something else.
+    keep: what was written stays beside where it could not be verified, because it cannot be made again. Memory holds the model twice for that while.
+    Raises CheckpointError where what was read back computes something else.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
-        folder = Path(beside) / target.name
+    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
+    folder = beside / target.name
+    try:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -36,6 +39,13 @@ def write_verified(model: Any, tokenizer: Any, target: Path) -> None:
             )
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
+    except BaseException as error:
+        if keep and folder.exists():
+            error.add_note(f"what was written is kept in {folder}")
+        else:
+            shutil.rmtree(beside)
+        raise
+    beside.rmdir()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from peftkit.checkpoint import CheckpointError, checkpoints, load_checkpoint, re
 from peftkit.config import Config
 from peftkit.data import DataOrder
 from peftkit.interrupts import Interrupted, Interrupts
-from peftkit.memory import peak_memory_bytes
+from peftkit.memory import peak_memory_bytes, return_freed
 from peftkit.methods import Handle
 from peftkit.optim import schedule
 from peftkit.tripwires import STEPS_TO_MOVE, TrainingStopped, Tripwire, Tripwires
@@ -169,6 +169,7 @@ def train(
     autocast: bool = False,
     lengths: Sequence[int] | None = None,
     *,
+    rows_id: int = 0,
     where: Callable[[Any], Sequence[str]] = lambda row: [repr(row)[:80]],
     evaluate: Callable[[], float] | None = None,
     on_evaluation: Callable[[int, float], None] = lambda step, loss: None,
@@ -178,9 +179,10 @@ def train(
 
     `to_batch` makes the loss's input of rows, in a thread of its own ahead of the steps; `length` and `supervised` count a row's tokens, padding
     left out; `where` says where a row comes from. With `lengths` (tokens of each row), rows of
-    similar length share a step. Losses are summed over the micro-batches and devices of a step and divided once by the step's
-    supervised tokens, so that accumulation does not change them; the host waits for the device once a step. With `autocast` the forward runs in
-    bfloat16 over weights of higher precision. `evaluate` gives the loss on the evaluation set, every config.eval_every steps.
+    similar length share a step. `rows_id` tells these rows from others: a checkpoint that was written for others is refused. Losses are summed over the
+    micro-batches and devices of a step and divided once by the step's supervised tokens, so that accumulation does not change them; the host waits for
+    the device once a step. With `autocast` the forward runs in bfloat16 over weights of higher precision. `evaluate` gives the loss on the evaluation set,
+    every config.eval_every steps.
 
     Raises TrainingStopped where a tripwire trips, Interrupted after a signal and its checkpoint, CheckpointError where a checkpoint cannot be
     written or read.
@@ -201,6 +203,11 @@ def train(
         for name, part in parts.items():
             part.load_state_dict(state[name])
         stats = TrainStats(**state["stats"])
+        if (count := len(rows), rows_id) != tuple(state["rows"]):
+            raise CheckpointError(
+                f"{found[-1]} was written while training on {state['rows'][0]} rows, and now there are {count}, or other ones: the data has changed since; "
+                "put the rows back, or train anew in another output_dir"
+            )
         if len(state["devices"]) != world:
             raise CheckpointError(f"{found[-1]} was written by {len(state['devices'])} processes, this run has {world}: resume with as many")
         set_randomness(state["devices"][rank], handles)
@@ -216,7 +223,7 @@ def train(
         tripwires.base_unchanged(f"up to step {stats.steps}")
         path = folder / f"step-{stats.steps:06d}"
         if accelerator.is_main_process:
-            state = {name: part.state_dict() for name, part in parts.items()} | {"stats": vars(stats), "devices": devices}
+            state = {name: part.state_dict() for name, part in parts.items()} | {"stats": vars(stats), "devices": devices, "rows": [len(rows), rows_id]}
             path = save_checkpoint(folder, stats.steps, trained, state, config.keep_last, keep=evaluations.steps)
         accelerator.wait_for_everyone()
         return path
@@ -246,6 +253,7 @@ def train(
             rate = float(scheduler.get_last_lr()[0])
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
+            return_freed()
             stats.steps += 1
             stats.tokens += sum(length(row) for row in batch)
             stats.supervised_tokens += tokens
@@ -256,8 +264,8 @@ def train(
             best = False
             if evaluate is not None and config.eval_every and (step % config.eval_every == 0 or step == steps):
                 with tripwires.quiet(f"at step {step}"):
-                    evaluation = evaluate()
-                if not tripwires.finite(evaluation, norm_value, step, lambda: ["the evaluation set"]):
+                    evaluation = broadcast_object_list([evaluate()])[0]  # or devices that differ in the last digit would part ways
+                if not tripwires.finite(evaluation, 0.0, step, lambda: ["the evaluation set"]):
                     evaluation = math.inf
                 best = evaluations.add(step, evaluation)
                 on_evaluation(step, evaluation)

@@ -17,7 +17,7 @@ from peftkit.config import ConfigError, read_yaml, suggest, validate
 from peftkit.loss import TokenLoss
 from peftkit.methods import adapters_disabled
 from peftkit.model import load
-from peftkit.recipe import Recipe, load_recipe
+from peftkit.recipe import Recipe, load_recipe, recipe_of_run
 from peftkit.run import Scorer, load_sets
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
@@ -114,7 +114,7 @@ def answers(
 def score(recipe: str, overrides: list[str], adapter: str | None, console: Console) -> dict[str, Any]:
     """The recipe's metrics for the adapter of a run folder, another adapter, or the base (adapter "none")."""
     config, adapted, tokenizer = load_for(recipe, overrides, adapter)
-    return Scorer(config, adapted, tokenizer, TokenLoss(adapted), load_sets(config, tokenizer, console), console).score("of", None)
+    return Scorer(config, adapted, tokenizer, TokenLoss(adapted), load_sets(config, tokenizer, console, ["eval"]), console).score("of", None)
 
 
 def score_tasks(recipe: str, overrides: list[str], adapter: str | None, **options: Any) -> dict[str, float]:
@@ -126,7 +126,7 @@ def score_tasks(recipe: str, overrides: list[str], adapter: str | None, **option
 def load_for(recipe: str, overrides: list[str], adapter: str | None) -> tuple[Recipe, Any, Any]:
     """(recipe, model in eval mode, tokenizer) for a run folder or a recipe, and an adapter that goes before its own."""
     folder = Path(recipe)
-    config = load_recipe(folder / "recipe.yaml" if folder.is_dir() else folder, overrides)
+    config = recipe_of_run(folder, overrides) if folder.is_dir() else load_recipe(folder, overrides)
     if adapter is None:
         adapter = recipe if folder.is_dir() else config.output_dir
     if config.train.full_finetuning and adapter != "none":

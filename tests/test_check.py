@@ -15,6 +15,8 @@ import peftkit as pk
 from peftkit.check import check, histogram
 from peftkit.cli import main
 from peftkit.config import ConfigError
+from peftkit.folder import must_have_room
+from peftkit.train import TrainConfig
 
 DOCS = Path(__file__).parents[1] / "docs" / "check.md"
 
@@ -124,12 +126,31 @@ def test_what_the_run_would_have_no_room_for_is_refused(tmp_path, monkeypatch):
     """The trap: hours of training whose checkpoint the disk cannot hold."""
     usage = SimpleNamespace(total=10**9, used=10**9 - 2**20, free=2**20)
     monkeypatch.setattr("peftkit.folder.shutil.disk_usage", lambda path: usage)
-    settings = recipe(tmp_path, train={"save_every": 1}) | {"methods": [{"lora": {"r": 32}}]}
+    settings = recipe(tmp_path, train={"save_every": 1, "max_steps": 5}) | {"methods": [{"lora": {"r": 32}}]}
     with pytest.raises(ConfigError, match=r"output_dir: the run writes .* \(what it trains, and 3 checkpoints at most\) and 1.0 MiB are free .*make room"):
         check(settings)
     usage.free = 10**9
     assert check(settings).facts["data"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "checkpoints"),
+    [
+        ({}, 1), ({"save_every": 1}, 3), ({"save_every": 100}, 1), ({"save_every": 1, "keep_last": 50}, 4), ({"eval_every": 1, "keep_best": 0}, 1),
+        ({"eval_every": 1, "keep_best": 1}, 4),
+    ],
+)  # fmt: skip
+def test_room_is_for_the_checkpoints_that_will_be_there(train, checkpoints, tmp_path, monkeypatch):
+    """Five steps: one that saves every hundred writes none but where it is stopped, and an earlier run in the folder gives its room up."""
+    old = tmp_path / "checkpoints/old.bin"
+    old.parent.mkdir()
+    old.write_bytes(bytes(500))
+    free = 100 + checkpoints * 1000 - 500
+    monkeypatch.setattr("peftkit.folder.shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    must_have_room(tmp_path, TrainConfig(**train), 5, 100, 1000)
+    with pytest.raises(ConfigError, match=f"{checkpoints} checkpoints at most"):
+        must_have_room(tmp_path, TrainConfig(**train), 5, 101, 1000)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):

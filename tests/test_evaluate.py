@@ -172,6 +172,15 @@ def test_held_out_rows_are_those_of_the_examples(tmp_path):
     assert len(scorer.main.choices) == 2
 
 
+def test_predictions_are_written_where_some_rows_have_no_choices(tmp_path):
+    """The trap: one choice too long among a hundred rows, and a run that ends without its result, after all the training."""
+    rows = [{**QUESTIONS[0], "choices": ["red", "a " * 200]}, QUESTIONS[0]]
+    _, scorer = scored(recipe(tmp_path, rows, ["choice_accuracy"], data={"max_length": 64}))
+    scorer.score("after", tmp_path / "predictions.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(scorer.main.examples) == 2 and [line["set"] for line in lines] == ["choices"] and QUESTIONS[0]["prompt"] in lines[0]["prompt"]
+
+
 def test_choices_beyond_max_length_are_counted(tmp_path):
     rows = [QUESTIONS[0], {**QUESTIONS[0], "choices": ["red", "a " * 200]}]
     made = load_recipe(recipe(tmp_path, rows, ["choice_accuracy"], data={"max_length": 64}))

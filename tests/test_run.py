@@ -253,6 +253,30 @@ def test_a_full_model_that_is_not_what_was_trained_is_never_left(tmp_path, monke
     with pytest.raises(CheckpointError, match="read back from disk is not the one in memory"):
         pk.run(made | {"methods": [], "model": {"name": "builtin:tiny"}})
     assert not (tmp_path / "full/model").exists()
+    assert next(tmp_path.glob("full/.writing-*/model/model.safetensors"))  # it cannot be made again
+    monkeypatch.undo()
+    pk.run(made | {"methods": [], "model": {"name": "builtin:tiny"}})
+    assert not list(tmp_path.glob("full/.writing-*")) and (tmp_path / "full/model/model.safetensors").exists()
+
+
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
+    """The trap: rows are added after an interruption, another permutation is drawn, and what was seen is seen again."""
+    rows = [{"prompt": f"say {i}", "completion": str(i)} for i in range(12)]
+    file = tmp_path / "rows.jsonl"
+    made = recipe(tmp_path / "run") | {"data": {"train": str(file)}, "eval": {}}
+
+    def written(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    written(rows)
+    pk.run(made)
+    (tmp_path / "run/result.json").unlink()
+    for changed in ([*rows, rows[0]], [{"prompt": "say much more than before", "completion": "0"}, *rows[1:]]):
+        written(changed)
+        with pytest.raises(CheckpointError, match=r"training on 12 rows, .* the data has changed"):
+            pk.run(made, resume=True)
+    written(rows)
+    pk.run(made, resume=True)
 
 
 def test_a_disk_too_small_for_the_run_is_told_before_training(tmp_path, monkeypatch):

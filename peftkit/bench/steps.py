@@ -76,7 +76,7 @@ def measure(recipe: Recipe, rounds: int, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"metrics": ["loss"], "retained": []})})
     sets = load_sets(recipe, tokenizer, console)
-    recipe = fitted(recipe, sets, accelerator, console)
+    recipe = fitted(recipe, tokenizer, sets, accelerator, console)
     set_seed(recipe.train.seed)
     dtype = "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype)
     base, _ = load(recipe.model.name, recipe.quantize, dtype, device=accelerator.device, attention=recipe.model.attention, revision=recipe.model.revision)

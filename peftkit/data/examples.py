@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -126,6 +127,11 @@ class Examples(Sequence[Example]):
     def lengths(self) -> Any:
         """(examples,) tokens of each."""
         return pc.list_value_length(self.table.column("input_ids")).to_numpy().astype(np.int64)[self.picks]
+
+    @property
+    def checksum(self) -> int:
+        """Of how many tokens each has, and how many of them are supervised: tells other data from the same, without reading every token."""
+        return zlib.crc32(self.supervised.tobytes(), zlib.crc32(self.lengths.tobytes()))
 
     @property
     def supervised(self) -> Any:

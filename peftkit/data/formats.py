@@ -125,7 +125,7 @@ def normalise(record: Record | BadRow, form: str, config: DataConfig) -> Row | B
                 prompt = shared_start(*answers)
             answers = [answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers]
         if form == "instruction/output":
-            given, instruction = text("input") if cell("input") else "", text("instruction")
+            given, instruction = text("input") if cell("input") not in (None, "") else "", text("instruction")
             parts = (("Instruction", instruction), ("Input", given))
             plain = "".join(f"{title}:\n{part}\n\n" for title, part in parts if part) + "Response:\n"
             prompt = [{"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction}]

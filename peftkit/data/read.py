@@ -208,6 +208,7 @@ def read_lines(path: Path) -> Iterator[Record | BadRow]:
 def read_csv(path: Path) -> Iterator[Record | BadRow]:
     """With the standard library rather than `datasets`: a cell `007` or `NA` stays the text it is, and lines have numbers."""
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(2**31 - 1)  # a cell may be a whole document
         reader, line = csv.DictReader(file), 2
         try:
             for row in reader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ import torch
 
 from peftkit.amounts import human, parse_bytes
 from peftkit.config import ConfigError
-from peftkit.data import Examples, Rows, batch_width
+from peftkit.data import Examples, Rows, batch_width, make_rows
+from peftkit.evaluate import GENERATING, answer_room
 from peftkit.forecast.skeleton import Skeleton
 from peftkit.forecast.step import Forecast, Generation, Workload, forecast
 from peftkit.recipe import Recipe
@@ -123,6 +124,15 @@ class Plan:
     """Those made already, by micro-batch and whether it is a part of the batch."""
 
 
+def plan_of(recipe: Recipe, tokenizer: Any, examples: Examples, evaluated: Examples, pairs: bool) -> Plan:
+    """What training and evaluation will be given. pairs: the model reads with an encoder."""
+    prompts = room = 0
+    if len(evaluated) and any(metric in GENERATING for metric in recipe.eval.metrics):
+        room = recipe.eval.max_new_tokens or answer_room(tokenizer, [example.answer for example in evaluated])
+        prompts = max(len(example.prompt_ids) for example in evaluated) + room
+    return Plan(sizes_of(make_rows(examples, recipe.data), pairs), sizes_of(evaluated, pairs), prompts, room)
+
+
 def by_tokens(rows: Sizes, count: int, packed: bool = False) -> list[Workload]:
     """Of the micro-batches of up to `count` rows that training puts together up to MICRO_TOKENS: the one of most tokens, and that of the longest row.
 
@@ -192,6 +202,8 @@ def with_micro_batch(recipe: Recipe, config: Any, plan: Plan, processes: int = 1
     if recipe.train.micro_batch_size != "auto":
         return recipe, ""
     there = budget()
+    if not there.gpu:  # the processes of one machine share it
+        there = replace(there, bytes=there.bytes // processes)
     skeleton = Skeleton(recipe, config, there.gpu)
     count = largest_micro_batch(skeleton, plan, there, processes)
     if not count:

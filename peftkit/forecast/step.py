@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peftkit.forecast.skeleton import Skeleton
+from peftkit.layers import LoRALinear, adapter_layers
 from peftkit.model import reads_with_encoder
 
 
@@ -83,6 +84,9 @@ def forecast(skeleton: Skeleton, workload: Workload, accumulates: bool, evaluati
 def _training(skeleton: Skeleton, workload: Workload, accumulates: bool) -> tuple[int, int]:
     """(activations, backward) in bytes."""
     trace = skeleton.trace
+    for layer in adapter_layers(skeleton.model).values():
+        if isinstance(layer, LoRALinear):
+            layer.forget_norm()  # that of evaluation: training takes it anew after every step of the optimizer
     with _set(skeleton, workload):
         start = trace.live
         if accumulates:  # the gradients of micro-batches that came before

@@ -189,8 +189,12 @@ class LoRALinear(AdapterLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         self.starts = {adapter: (fn(a), fn(b)) for adapter, (a, b) in self.starts.items()}
-        self._squares = self._norm = self._memory = None  # what is moved to another dtype and back may come to lie where it lay before, rounded
+        self.forget_norm()  # what is moved to another dtype and back may come to lie where it lay before, rounded
         return super()._apply(fn, recurse)
+
+    def forget_norm(self) -> None:
+        """Has DoRA's norm taken anew by the next forward."""
+        self._squares = self._norm = self._memory = None
 
     def _base_key(self) -> tuple[Any, ...]:
         """Changes where the frozen weight is replaced or written to."""

@@ -376,3 +376,15 @@ def test_the_gate_command_leaves_what_ci_reads(tmp_path, monkeypatch, capfd):
     text = Path("summary.md").read_text()
     assert text.startswith("of another step\n") and "all 9 checks pass" in text and "2 of 9 checks FAIL" in text
     assert code("gate", "slow.json", "--baseline", "baseline.json", "--time-margin", "0.2") == 0
+
+
+def test_bleu_is_judged_in_its_own_points():
+    """The trap: a margin of two points of a share is two hundredths of a point of BLEU, whose hundred is a hundred."""
+
+    def runs_of(mean):
+        return [record("lora", s, [1, 0]).model_copy(update={"after": {"bleu": mean + 0.01 * s}, "outcomes": [], "examples": ""}) for s in range(3)]
+
+    known = accept(results_of(*runs_of(30.0), metric="bleu"))
+    verdict = gate(results_of(*runs_of(29.9), metric="bleu"), known)[0]
+    assert verdict.passed and verdict.check == "bleu" and verdict.numbers()[:2] == ["29.9", "30.0"]
+    assert not gate(results_of(*runs_of(24.0), metric="bleu"), known)[0].passed

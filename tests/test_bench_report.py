@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -20,8 +21,10 @@ from peftkit.bench.compare import compare, task_names
 from peftkit.bench.overview import comparisons_by_task, in_one_sentence, score
 from peftkit.bench.page import html
 from peftkit.bench.plots import save_plots
-from peftkit.bench.records import Searched
+from peftkit.bench.power import plan
+from peftkit.bench.records import Record, Searched
 from peftkit.bench.report import markdown, notes, table
+from peftkit.bench.statistics import difference, pooled_accuracy
 from peftkit.bench.svg import Scale, log_ticks, ticks
 from peftkit.cli import main
 
@@ -389,3 +392,64 @@ def test_rates_chosen_on_much_shorter_runs_are_told(rung, warned):
     results = results_of(record("lora", "sql", 0, 0.3, 0.02, steps=120)).model_copy(update={"search": [searched]})
     told = [line for line in notes(results) if "chosen on runs of" in line]
     assert [("lora on sql" in line, f"runs of {rung} steps, for final runs of 120" in line) for line in told] == [(True, True)] * warned
+
+
+# --- what a report must not say ---------------------------------------------------------------------------------------------
+
+
+def by_loss(method: str, loss: float, memory: int, seed: int) -> Record:
+    made = record(method, "", seed, 0.5, 0.01)
+    return made.model_copy(update={"after": {"loss": loss + 0.01 * seed}, "outcomes": [], "train": made.train | {"peak_memory_bytes": memory}})
+
+
+def test_where_lower_is_better_the_lower_one_reaches_the_target_and_the_front():
+    cells = [by_loss(method, loss, memory, seed) for method, loss, memory in (("good", 1.0, 100), ("bad", 2.0, 200)) for seed in range(3)]
+    results = results_of(*cells, metric="loss", target=1.5, higher_better=False)
+    assert "Seeds that reached loss 1.5: good 3 of 3, bad 0 of 3." in notes(results)
+    told = " ".join(figure.note for figure in figures(results))
+    assert "On the Pareto front, from the cheapest: good." in told and "bad" not in told.split("from the cheapest: ")[1].split(".")[0]
+
+
+def test_a_report_of_searches_alone_says_that_nothing_is_known():
+    """What is left where the time given to a suite ended while learning rates were searched."""
+    results = results_of(record("lora", "", 100, 0.5, 0.01, stage="search"), record("dora", "", 100, 0.5, 0.01, stage="search"), unfinished=6)
+    text = markdown(results)
+    assert "dora cannot be compared with lora" in text and "6 not run" in text and html(results)
+
+
+def test_a_method_that_failed_on_a_task_has_no_mean_over_tasks():
+    """The trap: full finetuning fails on the hard task, and its mean over the easy one looks the best."""
+    cells = [record("lora", "easy", 0, 0.9, 0.01), record("lora", "hard", 0, 0.2, 0.01), record("full", "easy", 0, 0.9, 0.01)]
+    results = results_of(*cells, failed("full", "hard", 0, "out_of_memory", "CUDA out of memory"))
+    rows = {row.method: row for row in table(results)}
+    assert rows["full"].accuracy is None and rows["lora"].accuracy is not None
+
+
+def test_the_state_before_training_is_told_by_task():
+    cells = [record(method, task, 0, 0.5, 0.01) for method in ("lora", "dora") for task in ("sql", "shell")]
+    cells = [each.model_copy(update={"before": {"loss": 1.0 if each.task == "sql" else 2.0}}) for each in cells]
+    assert [line for line in notes(results_of(*cells)) if line.startswith("Before")] == [
+        "Before training (sql): loss 1.0000.", "Before training (shell): loss 2.0000.",
+    ]  # fmt: skip
+    cells[-1].before["loss"] = 3.0
+    told = [line for line in notes(results_of(*cells)) if line.startswith("Before")]
+    assert "Before training (shell: lora): loss 2.0000." in told and "Before training (shell: dora): loss 3.0000." in told
+
+
+def test_what_would_settle_a_difference_counts_the_other_comparisons():
+    apart = difference({s: [1] * (70 + s) + [0] * (30 - s) for s in range(3)}, {s: [1] * (62 + 2 * s) + [0] * (38 - 2 * s) for s in range(3)})
+    assert plan(apart, 20).detectable > 1.2 * plan(apart).detectable
+
+
+@pytest.mark.parametrize("tasks", [1, 4, 8])
+def test_an_interval_near_certainty_holds_its_mean(tasks):
+    for right in (200, 199):
+        found = pooled_accuracy([[[1] * right + [0] * (200 - right)] * 3] * tasks)
+        assert found.low <= found.mean <= found.high and (tasks == 1 or found.low > 0.98)
+
+
+def test_answers_with_line_separators_are_read(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    rows = [{"set": "eval", "index": i, "answer": "a\u2028b\u0085c"} for i in range(2)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert read_answers(path, "eval") == rows

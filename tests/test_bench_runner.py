@@ -146,6 +146,8 @@ def test_a_cell_saves_on_the_way_unless_its_recipe_says_otherwise():
         ("timing: true", ["suite.yaml:12", "timing"]),
         ("timing: {rounds: 1}", ["suite.yaml:12", "timing.rounds"]),
         ("metric: accuracy", ["suite.yaml:12", "metric"]),
+        ("other_seeds: {lora: [5, 5]}", ["suite.yaml:12", "other_seeds", "each once"]),
+        ("other_seeds: {lora: []}", ["suite.yaml:12", "other_seeds", "at least one seed"]),
         ("metric: rouge1", ["metric", "rouge"]),
         ("published: [{method: lora, value: 1.0}]", ["suite.yaml:12", "published.0"]),
     ],
@@ -680,3 +682,30 @@ def test_energy_is_told_where_the_gpu_counts_it(monkeypatch):
 
     told.nvmlDeviceGetTotalEnergyConsumption = without_counter
     assert energy_joules() is None
+
+
+def test_another_metric_or_memory_budget_is_other_cells(stand_in, tmp_path):
+    """The trap: records keep the answers judged by exact match, and a report of the loss is made of them."""
+    keys = {}
+    for name, changes in {
+        "exact_match": {}, "loss": {"metric": "loss"}, "choices": {"metric": "choice_accuracy"}, "2GB": {"budget": {"memory": "2GB"}},
+        "8GB": {"budget": {"memory": "8GB"}}, "again": {},
+    }.items():  # fmt: skip
+        keys[name] = [cell.key for cell in cells(stand_in.suite(**changes))]
+    assert keys.pop("again") == keys["exact_match"] and len({tuple(each) for each in keys.values()}) == 5
+
+
+def test_data_in_the_home_folder_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("{}")
+    before = keys_module.inputs({"data": {"train": "~/rows.jsonl"}})
+    (tmp_path / "rows.jsonl").write_text("{ }")
+    assert before and keys_module.inputs({"data": {"train": "~/rows.jsonl"}}) != before
+
+
+def test_a_method_whose_short_run_fails_is_told_as_failed(stand_in, tmp_path):
+    """A budget of tokens asks how many steps they are: a method that cannot take one has no final cells, which is no silence."""
+    suite = stand_in.suite(budget={"tokens": 600}, methods={"lora": {}, "dora": {"fake": {"diverges": 0.0}}})
+    stand_in.run(suite, tmp_path / "runs")
+    found = load_results(tmp_path / "runs/fake/results.json")
+    assert [record.method for record in found.failed] == ["dora"] and found.methods["dora"][0].status == "failed"

@@ -143,7 +143,7 @@ def _nearest(found: list[Evidence], parameters: int) -> Evidence:
 def _contenders(results: Results) -> tuple[str, dict[str, Comparison | None]]:
     """The best method by its mean, and the methods that cannot be told apart from it (itself: None), those with failed cells left out."""
     whole = {name: records for name, records in results.methods.items() if all(r.status == "done" for r in records)}
-    means = {name: found.mean for name, records in whole.items() if (found := score(records, results.metric))}
+    means = {name: found.mean for name, records in whole.items() if (found := score(records, results.metric, task_names(results)))}
     if not means:
         return "", {}
     sign = 1 if results.higher_better else -1
@@ -159,7 +159,8 @@ def _choose(
     advice: Advice, found: Evidence, best: str, contenders: dict[str, Comparison | None], model: str, config: Any, there: Budget, max_length: int
 ) -> tuple[str, Recipe, Comparison | None] | None:  # fmt: skip
     """The cheapest contender that fits, with its recipe; tells method, quantisation, batch and checkpointing. None where nothing fits."""
-    ordered = sorted(contenders, key=lambda name: (cost if (cost := _cost(found.results, name)) is not None else math.inf, list(contenders).index(name)))
+    costs = _costs(found.results, list(contenders))
+    ordered = sorted(contenders, key=lambda name: (costs.get(name, math.inf), list(contenders).index(name)))
     tried: list[str] = []
     unfit: list[str] = []
     for checkpointing in (False, True):
@@ -185,13 +186,16 @@ def _choose(
     return None
 
 
-def _cost(results: Results, method: str) -> float | None:
-    """Step time of a method: over the frozen base where it was timed so, else seconds per step."""
-    timed = [record.timing["over_base"] for record in results.cells if record.method == method and record.stage == "timing" and record.status == "done"]
-    if timed:
-        return sum(timed) / len(timed)
-    steps = [record.train["seconds"] / record.train["steps"] for record in done(results.methods[method]) if record.train.get("steps")]
-    return sum(steps) / len(steps) if steps else None
+def _costs(results: Results, methods: list[str]) -> dict[str, float]:
+    """Step times to compare methods by: over the frozen base where all of them were timed so, else seconds per step; without those that have none."""
+    timed = [record for record in results.cells if record.stage == "timing" and record.status == "done"]
+    ratios = {method: [record.timing["over_base"] for record in timed if record.method == method] for method in methods}
+    if not all(ratios.values()):
+        ratios = {
+            method: [record.train["seconds"] / record.train["steps"] for record in done(results.methods[method]) if record.train.get("steps")]
+            for method in methods
+        }  # fmt: skip
+    return {method: sum(found) / len(found) for method, found in ratios.items() if found}
 
 
 def _recipe(model: str, given: dict[str, Any], max_length: int, checkpointing: bool) -> Recipe:
@@ -212,13 +216,13 @@ def _recipe(model: str, given: dict[str, Any], max_length: int, checkpointing: b
 
 def _tell_choice(advice: Advice, found: Evidence, best: str, method: str, contenders: dict[str, Comparison | None], ordered: list[str]) -> None:
     results = found.results
-    own = score(done(results.methods[method]), results.metric)
+    own = score(done(results.methods[method]), results.metric, task_names(results))
     assert own is not None
     text = with_interval(own, lambda value: percent_or_number(results.metric, value))
     why = f"{results.metric} {text}, {_cells(found, method)}"
     if comparison := contenders[method]:
         why += f"; {comparison.words()}"
-    if len(contenders) > 1 and _cost(results, method) is not None:
+    if len(contenders) > 1 and method in _costs(results, list(contenders)):
         why += f"; its step is the cheapest of those that fit and cannot be told apart from the best ({', '.join(ordered)})"
     advice.settings.append(Setting("method", method, why))
     record = done(results.methods[method])[0]

@@ -12,7 +12,7 @@ KEPT = 240  # characters of a text: enough to see what went wrong, and a thousan
 
 def read_answers(path: Path, name: str) -> list[dict[str, Any]]:
     """The lines of a predictions.jsonl about the set `name`, in its order. Raises OSError, ValueError or KeyError."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line]  # splitlines would split at U+2028 within a text
     return sorted((line for line in lines if line["set"] == name), key=lambda line: line["index"])
 
 

@@ -95,6 +95,8 @@ def accept(results: Results, partly: bool = False) -> Baseline:
         raise ConfigError(
             f"suite {results.suite}: {len(failed)} of {len(counted)} cells failed ({names}): run them again before their results become a baseline"
         )
+    if results.unfinished and not partly:
+        raise ConfigError(f"suite {results.suite}: {results.unfinished} cells were not run: run it to its end before its results become a baseline")
     groups: dict[str, dict[str, list[Record]]] = {}
     timing = {}
     for record in counted:

@@ -48,7 +48,7 @@ def run_suite(
     try:
         searched = _search(suite, runner, code)
         rates = {(found.task, found.method): found.chosen for found in searched}
-        steps = _steps(suite, runner, code, rates, planned.probes)
+        steps = _steps(suite, runner, code, rates, planned)
         planned.final = [cell for cell in cells(suite, rates, steps) if _decided(suite, cell, rates, steps)]
         _run(runner, planned.final, "")
         runner.jobs, planned.timing = 1, timing_cells(suite)  # one at a time, so that nothing else falls on the measured steps
@@ -60,7 +60,7 @@ def run_suite(
         console.print("warning: peftkit's files changed while the suite ran: its cells may be of different code; run it again", style="yellow")
     searches = [record for name, record in sorted(runner.records.items()) if record.stage == "search" and name not in planned.probes]
     kept = [[record for cell in part if (record := runner.kept(cell))] for part in (planned.final, planned.timing)]
-    records = [*kept[0], *searches, *kept[1]]
+    records = [*kept[0], *planned.lost, *searches, *kept[1]]
     write_results(home / "results.json", results_of(suite, records, searched, steps, unfinished))
     return records
 
@@ -74,6 +74,8 @@ class _Plan:
         self.timing: list[Cell] = []
         self.probes: set[str] = set()
         """Folders of the short runs of a budget, which are no results."""
+        self.lost: list[Record] = []
+        """Of those that failed: they stand for the final cells that cannot be planned without them."""
 
     def count(self) -> int:
         final = len(self.final) or len(self.suite.task_names) * sum(len(self.suite.seeds_of(method)) for method in self.suite.methods)
@@ -112,7 +114,7 @@ def _search(suite: Suite, runner: Runner, code: Code) -> list[Searched]:
     return runner.all([partial(search, suite, task, method, code, runner.record) for task, method in wanted], lambda found: found.words())
 
 
-def _steps(suite: Suite, runner: Runner, code: Code, rates: dict[tuple[str, str], float], probes: set[str]) -> dict[tuple[str, str], int]:
+def _steps(suite: Suite, runner: Runner, code: Code, rates: dict[tuple[str, str], float], planned: _Plan) -> dict[tuple[str, str], int]:
     """The steps that a budget of tokens or seconds comes to, from a short run of each method on each task; without those whose run failed."""
     budget = suite.budget
     if budget is None or (budget.tokens is None and budget.seconds is None):
@@ -123,9 +125,10 @@ def _steps(suite: Suite, runner: Runner, code: Code, rates: dict[tuple[str, str]
         changes = merge(final_changes(suite, method, rates.get((task, method)), None), in_steps(PROBE))
         cell = make_cell(suite, code, task, method, suite.search.seeds[0], merge(changes, quick), "search")
         record = runner.record(cell)
-        if record.status == "failed":
+        planned.probes.add(cell.folder)
+        if record.status == "failed":  # as its final cells would
+            planned.lost.append(record.model_copy(update={"stage": "final"}))
             return None
-        probes.add(cell.folder)
         of_step, allowed = (record.train["tokens"], budget.tokens) if budget.tokens else (record.train["seconds"], budget.seconds)
         assert allowed is not None
         return (task, method), max(round(allowed * record.train["steps"] / of_step), 1)

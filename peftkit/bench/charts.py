@@ -118,7 +118,7 @@ def _dots(results: Results, task: str | None, title: str) -> Chart:
     methods, series, said = tuple(results.methods), [], []
     reference = None
     for i, (method, records) in enumerate(results.methods.items()):
-        found = score([record for record in records if task in (None, record.task)], results.metric)
+        found = score(records, results.metric, task_names(results) if task is None else [task])
         if found is None:
             continue
         text = with_interval(found, lambda value: percent_or_number(results.metric, value))
@@ -138,13 +138,14 @@ def _against(results: Results, key: str, label: str, cost: Callable[[str, Sequen
     """Accuracy against a cost, the Pareto front ringed and joined."""
     points: dict[str, tuple[float, Interval]] = {}
     for method, records in results.methods.items():
-        value, found = cost(method, done(records)), score(records, results.metric)
+        value, found = cost(method, done(records)), score(records, results.metric, task_names(results))
         if value is not None and found is not None:
             points[method] = value, found
     title = f"{_named(results.metric)} against {label.partition(' (')[0]}"
     if not points:
         return Figure(key, title, "Not measured.")
-    front = pareto({method: (value, found.mean) for method, (value, found) in points.items()})
+    sign = 1 if results.higher_better else -1
+    front = pareto({method: (value, sign * found.mean) for method, (value, found) in points.items()})
     series = [Series("Pareto front", -1, lines=[Line([(points[method][0], points[method][1].mean) for method in front], "dashed")])]
     for method, (value, found) in points.items():
         text = f"{method}: {with_interval(found, lambda share: percent_or_number(results.metric, share))} at {label} {value:,.4g}"

@@ -97,6 +97,8 @@ def _compare(
     method: str, other: str, task: str | None, final: dict[str, list[Record]], tasks: list[str], results: Results, metric: str
 ) -> Comparison:  # fmt: skip
     chosen = tasks if task is None else [task]
+    if not chosen:
+        return Comparison(method, other, task, caveat="no final cell is done")
     sides = [(done_on(final[method], each), done_on(final[other], each)) for each in chosen]
     for each, (a, b) in zip(chosen, sides, strict=True):
         if not a or not b:

@@ -83,7 +83,8 @@ class Verdict:
             return f"{value:.3f}"
         if self.check in ("peak memory", "saved bytes"):
             return f"{value / 2**20:,.1f} MiB"
-        return f"{value:.4f}" if measure(self.check).lower_is_better else f"{value:.1%}"
+        of = measure(self.check)
+        return f"{value:.4f}" if of.lower_is_better else f"{value:.1%}" if of.scale == 100 else f"{value:.{of.digits}f}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def gate(results: Results, baseline: Baseline, margin: float | Margins = MARGIN)
 
 def _accuracies(results: Results, baseline: Baseline, margin: float) -> list[Verdict]:
     final, of = results.methods, measure(results.metric)
-    check = results.metric if of.lower_is_better else "accuracy"
+    check = "accuracy" if of.scale == 100 else results.metric
     entries = list(baseline.entries())
     count = len(entries) + (len(entries) > 1)  # and all methods together
     verdicts, drops = [], []
@@ -173,7 +174,9 @@ def _drop(values: np.ndarray, expected: BaselineMethod, examples: int | None, of
     """Of the mean of `values` (seeds,); the rule of its variance is in the module's docstring. For a loss, s0 is 2% of it."""
     known = np.array(expected.seed_accuracies)  # (baseline seeds,)
     p = min(max((float(values.mean()) + expected.accuracy) / 2, 0.0), 1.0)
-    chance = (0.02 * expected.accuracy) ** 2 if of.lower_is_better else max(p * (1 - p) / examples if examples else 0.0, LEAST**2)
+    least = (LEAST * 100 / of.scale) ** 2  # of BLEU's hundred points as of the hundred of a share
+    share = p * (1 - p) / examples if examples and of.scale == 100 else 0.0
+    chance = (0.02 * expected.accuracy) ** 2 if of.lower_is_better else max(share, least)
     squares = sum(float(((side - side.mean()) ** 2).sum()) for side in (values, known) if side.size)
     df = PRIOR + values.size - 1 + max(known.size - 1, 0)
     variance = (PRIOR * chance + squares) / df
@@ -198,7 +201,7 @@ def _together(drops: list[_Drop], check: str, of: Measure, margin: float, count:
 
 
 def _allowed(margin: float, of: Measure, baseline: float) -> float:
-    return margin * abs(baseline) if of.lower_is_better else margin
+    return margin * abs(baseline) if of.lower_is_better else margin * 100 / of.scale
 
 
 # --- step time and memory -----------------------------------------------------------------------------------------------------

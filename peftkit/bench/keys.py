@@ -45,9 +45,9 @@ class Code:
         return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
 
-def key(recipe: dict[str, Any], code: Code, rounds: int | None = None) -> str:
-    """The address of a cell; `rounds` are those of a timing cell."""
-    content = [recipe, inputs(recipe), code.of(recipe, rounds is not None), versions(), *([rounds] if rounds else [])]
+def key(recipe: dict[str, Any], code: Code, rounds: int | None = None, judged: dict[str, Any] | None = None) -> str:
+    """The address of a cell; `rounds` are those of a timing cell, `judged` what else decides what is kept of a run."""
+    content = [recipe, inputs(recipe), code.of(recipe, rounds is not None), versions(), *([rounds] if rounds else []), *([judged] if judged else [])]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -68,7 +68,8 @@ def inputs(recipe: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     mixed = [part.get("source") for part in [data.get("replay") or {}, *(data.get("mix") or [])]]
     for name in [data.get("train"), data.get("eval"), *mixed, *evaluation.get("retained", [])]:
-        for path in sorted(Path(name).rglob("*")) if name and Path(name).is_dir() else [Path(name or "")]:
+        place = Path(name or "").expanduser()
+        for path in sorted(place.rglob("*")) if name and place.is_dir() else [place]:
             if path.is_file():
                 found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
     model = Path(recipe.get("model", {}).get("name", "")).expanduser()

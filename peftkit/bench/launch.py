@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 from peftkit.config import ConfigError
 
+ENDED = -15
+"""Exit code of a cell whose job the cluster ended, at its time limit say: started again, it goes on from its checkpoint."""
+
 
 class Running(Protocol):
     """A process or a job that was started."""
@@ -92,7 +95,7 @@ class _Job:
         except Exception as error:  # what ended the job itself, such as a time limit of the cluster
             with self.log.open("a") as file:
                 file.write(f"\njob {self.job.job_id} of the cluster ended without an exit code: {error}\n")
-            return 1
+            return ENDED
 
 
 def run_here(command: list[str], log: str, folder: str) -> int:

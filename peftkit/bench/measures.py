@@ -108,7 +108,8 @@ def forgetting(results: Results, task: str | None = None) -> dict[str, Interval 
     for method, records in results.methods.items():
         lost = [[_lost(record) for record in done_on(records, each).values()] for each in chosen]
         whole = [[value for value in values if value is not None] for values in lost]
-        found[method] = mean_over_tasks(whole) if all(values and len(kept) == len(values) for values, kept in zip(lost, whole, strict=True)) else None
+        measured = whole and all(values and len(kept) == len(values) for values, kept in zip(lost, whole, strict=True))
+        found[method] = mean_over_tasks(whole) if measured else None
     return found
 
 

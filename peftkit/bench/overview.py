@@ -16,13 +16,14 @@ def done(records: Sequence[Record], task: str | None = None) -> list[Record]:
     return [record for record in records if record.status == "done" and task in (None, record.task)]
 
 
-def score(records: Sequence[Record], metric: str) -> Interval | None:
-    """The metric of a method's records, as the mean over their tasks; None where no cell is done.
+def score(records: Sequence[Record], metric: str, tasks: Sequence[str] | None = None) -> Interval | None:
+    """The metric of a method's records, as the mean over `tasks` (by default those of the records).
 
-    Over seeds and examples where all seeds of a task answered the same ones, else over seeds alone.
+    None where no cell of one of them is done: the others may be the easy ones. Over seeds and examples where all seeds of a task answered the same ones, else
+    over seeds alone.
     """
-    by_task = [part for task in dict.fromkeys(record.task for record in records) if (part := done(records, task))]
-    if not by_task:
+    by_task = [done(records, task) for task in (tasks or dict.fromkeys(record.task for record in records))]
+    if not by_task or not all(by_task):
         return None
     same = all(len({record.examples for record in part}) == 1 and all(record.outcomes for record in part) for part in by_task)
     if same and metric in SHARES:
@@ -40,11 +41,12 @@ def in_one_sentence(results: Results) -> str:
     found = compare(results)
     cells = [record for records in results.methods.values() for record in records]
     state = f"{len(done(cells))} of {len(cells)} cells done" + (f", {len(results.failed)} failed" if results.failed else "")
+    state += f", {results.unfinished} not run" if results.unfinished else ""
     seeds = {len(done(records)) // max(len(task_names(results)), 1) for records in results.methods.values()}
     by_outcome = {said: [each.method for each in found if each.outcome == said] for said in ("better", "worse", "equal", "unknown")}
     if not found:
         only = next(iter(results.methods), None)
-        interval = score(results.methods[only], results.metric) if only else None
+        interval = score(results.methods[only], results.metric, task_names(results)) if only else None
         said = f"{only}: {percent_or_number(results.metric, interval.mean)} {results.metric}" if interval else "Nothing is measured"
         return f"{said}; {state}."
     reference, parts = found[0].other, []

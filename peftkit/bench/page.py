@@ -84,7 +84,8 @@ HIGH_FIRST = ("before", "accuracy (95% interval)", "tokens/s")
 
 def _columns(results: Results) -> list[dict[str, str]]:
     """The headers; accuracy comes first, because a phone shows no more than that beside the names."""
-    columns = [{"name": _short(name), "kind": "number", "first": "descending" if name in HIGH_FIRST else "ascending"} for name in _measured(results)]
+    high = HIGH_FIRST if results.higher_better else ("tokens/s",)
+    columns = [{"name": _short(name), "kind": "number", "first": "descending" if name in high else "ascending"} for name in _measured(results)]
     return [{"name": "method", "kind": "text", "first": "ascending"}, *columns]
 
 

@@ -51,26 +51,26 @@ class Plan:
         return start + f"would take more than {MOST_SEEDS} seeds"
 
 
-def plan(difference: Difference) -> Plan:
-    """What would settle `difference`, taken for the true one."""
+def plan(difference: Difference, comparisons: int = 1) -> Plan:
+    """What would settle `difference`, taken for the true one, as one of so many comparisons that are corrected together."""
     spreads, size = difference.spreads, abs(difference.mean)
     if difference.seeds < 2 or not spreads:
         return Plan(difference, np.inf, None, None)
-    detectable = settled(spreads, difference.seeds)
-    seeds = seeds_for(size, spreads)
+    detectable = settled(spreads, difference.seeds, comparisons)
+    seeds = seeds_for(size, spreads, comparisons)
     if seeds is not None or size == 0 or any(spread.examples is None for spread in spreads):
         return Plan(difference, detectable, seeds, None)
-    limit = (ndtri((1 + CONFIDENCE) / 2) + ndtri(POWER)) * (sum(spread.of_example / _examples(spread) for spread in spreads) / len(spreads) ** 2) ** 0.5
+    limit = (ndtri(_level(comparisons)) + ndtri(POWER)) * (sum(spread.of_example / _examples(spread) for spread in spreads) / len(spreads) ** 2) ** 0.5
     if limit < size:  # seeds alone would do, but too many
         return Plan(difference, detectable, None, None)
     factor = 2 * (limit / size) ** 2  # examples that leave half of the variance to the seeds
     more = [_with_examples(spread, factor) for spread in spreads]
-    then = seeds_for(size, more)
+    then = seeds_for(size, more, comparisons)
     return Plan(difference, detectable, None, max(_examples(spread) for spread in more) if then else None, then)
 
 
-def settled(spreads: Sequence[Spread], seeds: int) -> float:
-    """The smallest true difference that `seeds` seeds (at least 2) tell from nothing with 80% power."""
+def settled(spreads: Sequence[Spread], seeds: int, comparisons: int = 1) -> float:
+    """The smallest true difference that `seeds` seeds (at least 2) tell from nothing with 80% power, even as the first of so many comparisons."""
     true = ours = 0.0
     df = []  # (variance, degrees of freedom) of the seeds' part
     for spread in spreads:
@@ -86,14 +86,20 @@ def settled(spreads: Sequence[Spread], seeds: int) -> float:
         df.append((moderated, PRIOR + seeds - 1))
     of_seeds = sum(variance for variance, _ in df)
     freedom = of_seeds**2 / sum(variance**2 / each for variance, each in df) if of_seeds else 1.0
-    z = ndtri((1 + CONFIDENCE) / 2)
-    quantile = (of_seeds * stdtrit(freedom, (1 + CONFIDENCE) / 2) + (ours - of_seeds) * z) / ours if ours else z
+    level = _level(comparisons)
+    z = ndtri(level)
+    quantile = (of_seeds * stdtrit(freedom, level) + (ours - of_seeds) * z) / ours if ours else z
     return float((quantile * ours**0.5 + ndtri(POWER) * true**0.5) / len(spreads))
 
 
-def seeds_for(size: float, spreads: Sequence[Spread]) -> int | None:
+def _level(comparisons: int) -> float:
+    """Of the quantile that a difference must pass: the first step of Holm's correction, which is the strictest."""
+    return 1 - (1 - CONFIDENCE) / comparisons / 2
+
+
+def seeds_for(size: float, spreads: Sequence[Spread], comparisons: int = 1) -> int | None:
     """The least number of seeds, of 2 to MOST_SEEDS, that settles a true difference of `size`; None where none does."""
-    return next((seeds for seeds in range(2, MOST_SEEDS + 1) if settled(spreads, seeds) <= size), None)
+    return next((seeds for seeds in range(2, MOST_SEEDS + 1) if settled(spreads, seeds, comparisons) <= size), None)
 
 
 def _with_examples(spread: Spread, factor: float) -> Spread:

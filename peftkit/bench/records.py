@@ -218,7 +218,7 @@ def _curves(path: Path) -> tuple[list[list[float]], list[list[float]]]:
     """(training losses, evaluation losses) by step, each with the seconds of training until then."""
     curve: list[list[float]] = []
     evaluations: list[list[float]] = []
-    for text in path.read_text().splitlines():
+    for text in filter(None, path.read_text().split("\n")):
         line = json.loads(text)
         if "loss" in line:
             curve.append([line["step"], line["loss"], line["seconds"]])

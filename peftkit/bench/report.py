@@ -77,13 +77,16 @@ def notes(results: Results) -> list[str]:
     lines = [each.words() for each in found]
     if len(lines) > 1:
         lines.append("Told apart: by p values corrected (Holm) over all comparisons of their kind, pooled or by task; an interval is of its comparison alone.")
-    lines += [f"{each.method} against {each.other}: {plan(each.difference).words()}" for each in found if each.outcome == "equal" and each.difference]
+    lines += [
+        f"{each.task + ': ' if each.task else ''}{each.method} against {each.other}: {plan(each.difference, each.comparisons).words()}"
+        for each in found if each.outcome == "equal" and each.difference
+    ]  # fmt: skip
     if results.target_loss is not None:
         lines += [each.words() for each in to_target(results, results.target_loss)]
     lines += [each.words() for each in results.search] + short_searches(results) + [each.words() for each in sensitivity(results)]
     if results.target is not None:
         reached = ", ".join(f"{row.method} {row.at_target} of {row.done + len(row.failed)}" for row in table(results))
-        lines.append(f"Seeds that reached {results.metric} {results.target:.1%}: {reached}.")
+        lines.append(f"Seeds that reached {results.metric} {percent_or_number(results.metric, results.target)}: {reached}.")
     lines += _base(results)
     if any(row.done == 1 for row in table(results)):
         lines.append("The interval of a method with one seed is about that one run; other seeds may lie outside.")
@@ -162,9 +165,9 @@ def _row(method: str, records: Sequence[Record], results: Results) -> Row:
         method=method,
         done=len(done),
         failed=[record for record in records if record.status == "failed"],
-        at_target=None if results.target is None else sum(score >= results.target for score in scores),
+        at_target=None if results.target is None else sum(score >= results.target if results.higher_better else score <= results.target for score in scores),
         before=before.mean if before else None,
-        accuracy=score(done, results.metric),
+        accuracy=score(done, results.metric, task_names(results)),
         forgetting=forgetting(results)[method],
         step_ratio=_step_ratio(method, results),
         tokens_per_second=_measured(done, lambda record: record.train["tokens_per_second"]),
@@ -190,16 +193,19 @@ def _measured(done: Sequence[Record], value: Callable[[Record], float]) -> Inter
 
 def _base(results: Results) -> list[str]:
     """The base before training; once where all methods started alike, else (a quantised base is another base) by method."""
-    lines: dict[str, list[str]] = {}
+    lines: dict[tuple[str, str], list[str]] = {}
     for method, records in results.methods.items():
         for record in records:
             if record.status == "done" and record.before:
                 values = {key: value for key, value in record.before.items() if isinstance(value, (int, float))}
                 text = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
-                lines.setdefault(text, []).append(method)
-    if len(lines) == 1:
-        return [f"Before training: {text}." for text in lines]
-    return [f"Before training ({', '.join(dict.fromkeys(methods))}): {text}." for text, methods in lines.items()]
+                lines.setdefault((record.task, text), []).append(method)
+    alike = {task for task, _ in lines} if len(lines) == len({task for task, _ in lines}) else set()
+    found = []
+    for (task, text), methods in lines.items():
+        of = [task] * bool(task) + [", ".join(dict.fromkeys(methods))] * (task not in alike)
+        found.append(f"Before training{' (' + ': '.join(of) + ')' if of else ''}: {text}.")
+    return found
 
 
 def _failure(record: Record) -> str:

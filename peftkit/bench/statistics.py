@@ -180,7 +180,7 @@ def pooled_accuracy(tasks: Sequence[ArrayLike], confidence: float = CONFIDENCE) 
     """Mean over tasks of the accuracy of each; the rest as `accuracy`."""
     levels = _Levels([_matrix(outcomes) for outcomes in tasks], extra=(0.0, 1.0))
     low, high = levels.interval(confidence)
-    return Interval(levels.mean, max(low, 0.0), min(high, 1.0))
+    return Interval(levels.mean, min(max(low, 0.0), levels.mean), max(min(high, 1.0), levels.mean))
 
 
 # --- two methods --------------------------------------------------------------------------------------------------------------
@@ -256,9 +256,13 @@ class _Levels:
         for y in tasks:
             seeds, examples = y.shape
             deviations = np.concatenate([y.mean(0), extra]) - y.mean()  # (examples + extra,)
-            of_examples.append((deviations.var(ddof=1) / examples if examples > 1 else 0.0, max(examples - 1, 1)))
+            weights = np.concatenate([np.ones(examples), np.full(len(extra), 1 / n)])  # the extra values count once, however many tasks there are
+            center = np.average(deviations, weights=weights)
+            variance = weights @ (deviations - center) ** 2 / max(weights.sum() - 1, 1)
+            of_examples.append((variance / examples if examples > 1 else 0.0, max(examples - 1, 1)))
             of_seeds.append((moderated(y) / seeds if seeds > 1 else 0.0, PRIOR + seeds - 1))
-            values, counts = np.unique(deviations.round(9), return_counts=True)  # few, as outcomes are 0 or 1: drawn at once
+            values, inverse = np.unique(deviations.round(9), return_inverse=True)  # few, as outcomes are 0 or 1: drawn at once
+            counts = np.bincount(inverse, weights)
             draws += rng.multinomial(examples, counts / counts.sum(), REPLICATES) @ values / examples
         v_seed, df_seed = _satterthwaite(of_seeds)
         v_example, df_example = _satterthwaite(of_examples)

@@ -142,6 +142,14 @@ class Suite(Config):
             raise ValueError(f"a seed stands twice in {seeds}: equal runs would pass for independent ones")
         return seeds
 
+    @field_validator("other_seeds")
+    @classmethod
+    def _each_different(cls, found: dict[str, list[int]]) -> dict[str, list[int]]:
+        for method, seeds in found.items():
+            if not seeds or len(set(seeds)) < len(seeds):
+                raise ValueError(f"{method}: give at least one seed, and each once, not {seeds}: equal runs would pass for independent ones")
+        return found
+
     @property
     def task_names(self) -> list[str]:
         """The tasks; one without a name where the suite has none."""
@@ -248,7 +256,10 @@ def make_cell(suite: Suite, code: Code, task: str, method: str, seed: int, chang
     train = recipe["train"]
     if "save_every" not in train and not train.get("eval_every") and train.get("max_steps"):
         train |= {"save_every": max(train["max_steps"] // (SAVES + 1), 1), "keep_last": train.get("keep_last", 1)}
-    return Cell(method, seed, recipe, key(recipe, code), task, stage, train.get("learning_rate"))
+    # What is kept of a run depends on the metric, and whether it counts on the memory that it may take.
+    judged: dict[str, Any] = {"metric": suite.metric} if suite.metric != "exact_match" and stage == "final" else {}
+    judged |= {"memory": suite.budget.memory} if suite.budget and suite.budget.memory and stage == "final" else {}
+    return Cell(method, seed, recipe, key(recipe, code, judged=judged), task, stage, train.get("learning_rate"))
 
 
 def timing_cells(suite: Suite) -> list[Cell]:

@@ -74,7 +74,7 @@ class Engine(LoRALinear):
 
     def forget(self) -> None:
         """Drops what is kept of the frozen weight."""
-        self._squares = self._norm = None
+        self.forget_norm()
 
 
 class Adopted(nn.Module):

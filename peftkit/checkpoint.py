@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftkit.adapter_file import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PREFIX, AdapterFile, CheckpointError, checksum, differs, identity, read_folder
 from peftkit.config import suggest
-from peftkit.layers import ADAPTER, TrainedTokens, adapter_layers, by_file_key, candidates, file_tensors, find_rows, from_file_modules
+from peftkit.layers import ADAPTER, AdapterLayer, TrainedTokens, adapter_layers, by_file_key, candidates, file_tensors, find_rows, from_file_modules
 from peftkit.methods import LoRA, attach, attachment, delete_adapter, find_attachment, to_recipe
 from peftkit.methods.base import Method
 from peftkit.provenance import base_record, mismatches, other_weights, template_hash
@@ -229,10 +229,14 @@ def _whole(config: dict[str, Any], state: dict[str, Tensor]) -> list[str]:
 
 def _frozen(model: nn.Module, key: str) -> nn.Parameter | None:
     """The frozen weight that a key names: peft writes embeddings along where they were adapted or resized."""
+    owner, _, part = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
     try:
-        return model.get_parameter(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        module = model.get_submodule(owner)
     except AttributeError:
         return None
+    while isinstance(module, AdapterLayer):
+        module = module.base_layer
+    return module._parameters.get(part)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkit.adapter_file import CONFIG_FILE
 from peftkit.config import ConfigError, suggest
-from peftkit.layers import adapter_layers, dense_weight
+from peftkit.layers import LoRAExperts, adapter_layers, dense_weight
 from peftkit.merge import MergeCheck, compare_logits, merge_verified
 from peftkit.model import load
 from peftkit.save_model import logits_of, token_ids, write_verified
@@ -92,6 +92,8 @@ def fold(
 
 
 def _requantise(adapted: Any, tokenizer: Any, origin: Origin, target: Path, max_kl: float) -> FoldReport:
+    if any(isinstance(layer, LoRAExperts) for layer in adapter_layers(adapted).values()):
+        raise ConfigError("--onto requantised: a folder cannot hold experts in 4 bits; use --onto trained")
     before = logits_of(adapted)
     moved = sum(_square(layer.merged_weight() - dense_weight(layer.base_layer)) for layer in adapter_layers(adapted).values())
     names = list(adapter_layers(adapted))
@@ -104,7 +106,7 @@ def _requantise(adapted: Any, tokenizer: Any, origin: Origin, target: Path, max_
     lost = sum(_square(dense_weight(quantized.get_submodule(name)) - merged.get_submodule(name).weight) for name in names)
     check = compare_logits(before, logits_of(quantized))
     write_verified(quantized, tokenizer, target)
-    return FoldReport(target, "requantised", check, float("inf"), lost=(lost / moved) ** 0.5)
+    return FoldReport(target, "requantised", check, float("inf"), lost=(lost / moved) ** 0.5 if moved else 0.0)
 
 
 def _square(weight: Tensor) -> float:

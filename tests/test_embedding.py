@@ -392,3 +392,16 @@ def test_peft_s_shared_factors_of_a_tied_head_are_refused(tmp_path):
         model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(ConfigError, match="ensure_weight_tying"):
         pk.load_adapter(tiny_llama(tie_word_embeddings=True), tmp_path / "theirs")
+
+
+def test_theirs_on_the_head_load_in_ours(tmp_path, ids):
+    """peft writes the weight of an adapted head along, as it does that of an embedding."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=R, lora_alpha=6, target_modules=["lm_head", "q_proj"]))
+    wake(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / ADAPTER_FILE)
+    ours = pk.load_adapter(tiny_llama(), tmp_path)
+    torch.testing.assert_close(logits(ours, ids), logits(model, ids), rtol=1e-5, atol=1e-5)

@@ -646,3 +646,21 @@ def test_a_gpu_computes_what_the_cpu_does(packed):
         there = quant.pack(_experts("mixtral", torch.float32).down_proj.cuda(), "nf4")
         here = quant.pack(_experts("mixtral", torch.float32).down_proj, "nf4")
         assert (there.codes.cpu() != here.codes).float().mean() < 1e-3
+
+
+def test_weights_of_experts_that_are_to_train_under_an_adapter_are_refused():
+    layer = _layer()
+    x, index, weights = _inputs()
+    layer.experts().gate_up_proj.requires_grad_(True)
+    with pytest.raises(ValueError, match="name the experts in modules_to_save"):
+        layer(x, index, weights)
+
+
+def test_router_weights_may_lie_any_way_round():
+    layer = _layer()
+    wake(layer)
+    x, index, weights = _inputs()
+    plain, turned = weights.detach().clone().requires_grad_(), weights.detach().t().contiguous().t().requires_grad_()
+    layer(x, index, plain).sum().backward()
+    layer(x, index, turned).sum().backward()
+    torch.testing.assert_close(turned.grad, plain.grad)

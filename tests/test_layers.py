@@ -489,3 +489,71 @@ def test_only_the_swapped_modules_change():
         assert layer.base_layer is before[name] and layer.training == before[name].training
     copied = copy.deepcopy(model)
     assert adapter_layers(copied).keys() == layers.keys()
+
+
+# ----------------------------------------------------------------------------------------------------------------- traps
+
+
+@pytest.mark.parametrize("size", [0.0, 2.0, 20.0, 200.0])
+def test_the_magnitude_s_gradient_survives_a_large_bias(size):
+    """The trap: biases of hundreds, as keys have, and an output in half precision that holds little else: y - b is then the rounding of b."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
+    base.bias.data.fill_(size)
+    layer = LoRALinear(base)
+    layer.add("default", Spec(r=4, scale=2.0, dora=True))
+    wake(layer)
+    x, grad = torch.randn(32, 64).bfloat16(), torch.randn(32, 48).bfloat16()
+    layer(x).backward(grad)
+    [magnitude] = [parameter for name, parameter in layer.named_parameters() if "magnitude" in name]
+    weight = layer.merged_weight(base.weight.double())  # g (W + s B A)
+    wanted = (grad.double() * (x.double() @ weight.T)).sum(0) / magnitude.double()
+    assert relative(magnitude.grad, wanted) < 2e-2
+
+
+def test_a_norm_is_not_that_of_another_weight_at_the_same_address():
+    """The trap: functional_call puts a weight in that is freed after it, and the next one comes to lie where it lay."""
+    layer = LoRALinear(nn.Linear(64, 64, bias=False).requires_grad_(False))
+    layer.add("default", Spec(r=4, scale=2.0, dora=True))
+    wake(layer)
+    x = tokens(3, 64)
+    for i in range(1, 9):
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(i)) * i
+        wanted = x @ layer.merged_weight(weight).T
+        with torch.no_grad():
+            found = torch.func.functional_call(layer, {"base_layer.weight": weight * 1.0}, (x,))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_offloaded_weights_are_refused():
+    """The trap: factors made on the meta device, products with which are whatever lies in memory."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: its weights are offloaded"):
+        pk.attach(model, pk.LoRA(r=2))
+    assert not adapter_layers(model)
+
+
+class _Product(torch.autograd.Function):
+    """A linear of somebody's own, as fused losses have it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
+def test_an_autograd_function_that_takes_the_weight_does_not_train_nothing_in_silence():
+    [layer] = [module for module in adapted("lora", "linear").modules() if isinstance(module, LoRALinear)]
+    x = tokens(3, features(layer.base_layer)[0]).requires_grad_()
+    with pytest.raises(RuntimeError, match="an autograd function took the weight of an adapter layer"):
+        _Product.apply(x, layer.weight).sum().backward()
+    with torch.no_grad():
+        assert not layer.weight.requires_grad
+    F.linear(x, layer.weight).sum().backward()  # arithmetic that torch sees
+    assert all(parameter.grad is not None for parameter in layer.parameters() if parameter.requires_grad)

@@ -653,3 +653,14 @@ def test_adapters_with_rows_are_switched(ids):
     assert not [name for name, _ in model.named_parameters() if "default" in name]
     with pytest.raises(ValueError, match="carries an adapter already"):
         pk.attach(model, pk.LoRA(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), adapter="third")
+
+
+def test_noise_leaves_with_the_module_it_was_put_on(ids):
+    """The trap: the copy that trains takes NEFTune's hook along, which nobody takes off any more."""
+    model = tiny_llama()
+    pk.attach(model, [pk.NEFTune(alpha=5.0), pk.LoRA(r=2, modules_to_save=["embed_tokens"])])
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    pk.merge(model)
+    model.train()
+    assert torch.equal(model(ids).logits, model(ids).logits)

@@ -167,7 +167,7 @@ class _RoutedExperts(torch.autograd.Function):
                 if second.bias is not None:
                     for part, rows, expert in zip(along.split(blocks.rows), grad_y.split(blocks.rows), blocks.experts, strict=True):
                         part.addmv_(rows, second.bias[expert])
-                grad_weights = torch.zeros_like(weights).view(-1).index_copy_(0, slots, along.to(weights.dtype)).view_as(weights)
+                grad_weights = weights.new_zeros(weights.numel()).index_copy_(0, slots, along.to(weights.dtype)).view(weights.shape)
             if any(ctx.needs_input_grad[i] for i in (0, 3, 4)):
                 (grad_u,) = torch.autograd.grad(gated, source, grad_inner.mul_(share))
                 del gated, inner, grad_y, grad_inner

@@ -191,20 +191,27 @@ class _Linear(torch.autograd.Function):
             h, places = _multiply(flat, [a], drop), drop.to_keep()
         y = frozen(flat)  # (tokens, out); LoRA: with the bias, DoRA: without
         ctx.gain = norm = None
+        # In half precision y - b for the gradient of m would keep no more than the rounding of a large b: what it needs is kept before b is added.
+        ctx.apart = magnitude is not None and bias is not None and y.dtype.itemsize == 2 and ctx.needs_input_grad[4]
         if magnitude is not None and norm_of is not None:
             norm = norm_of()  # after the product with W, which leaves W in the cache
             ctx.gain = column_gain(y, magnitude, norm)
-            compose_(y, h, b, scale, magnitude, norm, bias, ctx.gain)
+            compose_(y, h, b, scale, magnitude, norm, None if ctx.apart else bias, ctx.gain)
         elif fuse:
             y.addmm_(h, b.to(y.dtype).T, alpha=scale)
         else:  # rounds where peft rounds
             y.add_((h @ b.to(y.dtype).T).mul_(scale))
+        before = y
+        if ctx.apart and bias is not None:
+            y = y + bias.to(y.dtype)
         if x.ndim != 2:
             y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view to autograd: the model may write into what it is given
         # The norm is the layer's own, kept from step to step and never written to: no activation.
         ctx.weight, ctx.norm, ctx.scale, ctx.dropout, ctx.seed, ctx.shape = weight, norm, scale, dropout, seed, x.shape
         if magnitude is None or y.is_inference():
             ctx.save_for_backward(x if own else None, places, h, a, b, None, bias, None)
+        elif ctx.apart:
+            ctx.save_for_backward(x if own else None, places, h, a, b, magnitude, bias, before)
         else:  # `counter` shares y's count of the writes into it, and nothing else
             ctx.counter = y.detach()
             ctx.counter.data = y.new_empty(0)
@@ -222,10 +229,15 @@ class _Linear(torch.autograd.Function):
         grad_h: Any = None
         grad_a = grad_b = grad_magnitude = grad_bias = None
         if magnitude is not None:
-            if need_magnitude and ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
+            if ctx.apart:
+                grad_bias, bias = sum_of_rows(grad, bias.dtype) if need_bias else None, None
+            elif need_magnitude and ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
                 y = compose_(x.reshape(-1, x.shape[-1]) @ ctx.weight(x.dtype).T, h, b, ctx.scale, magnitude, ctx.norm, bias, ctx.gain)
             y = y.reshape(grad.shape)
-            grad, grad_magnitude, grad_bias = compose_backward(grad, y, magnitude, ctx.norm, bias, ctx.gain, need_magnitude=need_magnitude, need_bias=need_bias)
+            grad, grad_magnitude, of_bias = compose_backward(
+                grad, y, magnitude, ctx.norm, bias, ctx.gain, need_magnitude=need_magnitude, need_bias=need_bias and not ctx.apart
+            )
+            grad_bias = of_bias if of_bias is not None else grad_bias
         elif need_bias:
             grad_bias = sum_of_rows(grad, bias.dtype)
         if need_x:

@@ -33,7 +33,7 @@ class LoRAEmbedding(AdapterLayer):
         super().__init__(base_layer)
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
-        self._squares: tuple[Any, Tensor] | None = None
+        self._squares: tuple[Any, Tensor, Any] | None = None
 
     @classmethod
     def stands_for(cls, module: nn.Module) -> bool:
@@ -105,7 +105,7 @@ class LoRAEmbedding(AdapterLayer):
             return _column_squares(weight)
         key = (address(weight), weight._version, weight.device)
         if self._squares is None or self._squares[0] != key:
-            self._squares = (key, _column_squares(weight))
+            self._squares = (key, _column_squares(weight), weight.untyped_storage())  # held, so that no other weight comes to lie there
         return self._squares[1]
 
     def _gain(self, weight: Tensor | None = None) -> Tensor:

@@ -95,6 +95,8 @@ class LoRAExperts(AdapterLayer):
         updates = {layer.part: layer for layer in self.chain() if layer.enabled and layer.active}
         if not updates:
             return experts(hidden_states, top_k_index, top_k_weights)
+        if any(parameter.requires_grad for parameter in experts.parameters()):
+            raise ValueError(f"weights of {type(experts).__name__} are to train, and under an adapter they cannot: name the experts in modules_to_save")
         dtype = frozen.arithmetic(experts, hidden_states)
         first, second = frozen.parts(experts)
         out = routed_experts(

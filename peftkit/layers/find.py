@@ -68,7 +68,12 @@ def _in_all_linear(module: nn.Module) -> bool:
 
 
 def adapt(model: nn.Module, name: str, module: nn.Module, adapter: str, spec: Any) -> None:
-    """Adds an adapter to one of the targets of `find_targets`, with an adapter layer around it where there is none yet."""
+    """Adds an adapter to one of the targets of `find_targets`, with an adapter layer around it where there is none yet.
+
+    Raises ValueError where the module's weights are elsewhere.
+    """
+    if any(parameter.is_meta for parameter in module.parameters()):  # arithmetic with those of an adapter made there gives whatever lies in memory
+        raise ValueError(f"{name}: its weights are offloaded, or were never loaded (meta device); load the model onto one device, then attach")
     kind: Any = _kind(module)
     owner, _, part = name.rpartition(".") if kind.parts(module) else (name, "", "")
     standing = layer = model.get_submodule(owner)

@@ -36,6 +36,9 @@ class AdaptedWeight(Tensor):
             return adapted()
         weight = frozen.detach().as_subclass(AdaptedWeight)
         weight.frozen, weight.adapted = frozen, adapted
+        if torch.is_grad_enabled() and weight.is_floating_point():
+            with torch._C.DisableTorchFunctionSubclass():
+                weight.requires_grad_().register_hook(_refuse_gradient)
         return weight
 
     @classmethod
@@ -49,6 +52,14 @@ class AdaptedWeight(Tensor):
             adapted = args[0].adapted
             return cls.of(args[0].frozen, lambda: adapted().detach())
         return func(*_plain(args), **_plain(kwargs or {}))
+
+
+def _refuse_gradient(grad: Tensor) -> None:
+    """A gradient comes here from an autograd function of somebody's own alone: arithmetic that torch sees is done with the adapted weight."""
+    raise RuntimeError(
+        "an autograd function took the weight of an adapter layer: its kernels may read the frozen weight alone, and its gradient reaches no adapter; "
+        "leave that layer out (exclude_modules), or have the function take layer.base_layer.weight and the adapter's parameters"
+    )
 
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]

@@ -58,7 +58,8 @@ class SavedModule(AdapterLayer):
                 masters[id(parameter)] = nn.Parameter(parameter.detach().to(master_dtype(parameter), copy=True))
             trained[id(parameter)] = masters.get(id(parameter), parameter)
         self._registered(adapter, spec)
-        self.modules_to_save[adapter] = copy.deepcopy(self.base_layer, trained)
+        hooks = (self.base_layer._forward_hooks, self.base_layer._forward_pre_hooks)  # shared: who takes one off, such as NEFTune's noise, takes it off both
+        self.modules_to_save[adapter] = copy.deepcopy(self.base_layer, trained | {id(each): each for each in hooks})
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         here = [name for name in adapter_name if name in self.specs]

@@ -105,7 +105,7 @@ class LoRAEmbedding(AdapterLayer):
             return _column_squares(weight)
         key = (address(weight), weight._version, weight.device)
         if self._squares is None or self._squares[0] != key:
-            self._squares = (key, _column_squares(weight), weight.untyped_storage())  # held, so that no other weight comes to lie there
+            self._squares = (key, _column_squares(weight), weight.data)  # held, so that no other weight comes to lie there
         return self._squares[1]
 
     def _gain(self, weight: Tensor | None = None) -> Tensor:

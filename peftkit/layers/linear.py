@@ -201,15 +201,15 @@ class LoRALinear(AdapterLayer):
         weight = self.base_layer.weight
         return address(weight), weight._version, weight.device
 
-    def _storage(self) -> Any:
-        """Held beside what was taken of the frozen weight: no other weight can come to lie at its address then."""
-        return self.base_layer.weight.untyped_storage()
+    def _hold(self) -> Tensor:
+        """The data of the frozen weight, kept beside what was taken of it: no other weight can come to lie at its address then."""
+        return self.base_layer.weight.data
 
     def squares(self) -> Tensor:
         """|W|^2 by row (out,), fp32 at least; kept while the frozen weight stays, and in training only."""
         key = self._base_key()
         if self._squares is None or self._squares[0] != key:
-            self._squares = (key, row_squares(dense_weight(self.base_layer)).to(master_dtype(self.base_layer.weight)), self._storage())
+            self._squares = (key, row_squares(dense_weight(self.base_layer)).to(master_dtype(self.base_layer.weight)), self._hold())
         return self._squares[1]
 
     @torch.no_grad()
@@ -224,11 +224,11 @@ class LoRALinear(AdapterLayer):
         if a.device.type != "cpu":
             key = (self._base_key(), self.scale, weight.dtype, a.shape[0])
             if self._memory is None or self._memory[0] != key:
-                self._memory = (key, norm_memory(weight, a.shape[0]), self._storage())
+                self._memory = (key, norm_memory(weight, a.shape[0]), self._hold())
             return dora_norm(weight, self.squares(), a, b, self.scale, self._memory[1])
         kept = (self._base_key(), self.scale, weight.dtype, a.dtype, fingerprint(a, b))
         if self._norm is None or self._norm[0] != kept:
-            self._norm = (kept, dora_norm(weight, self.squares(), a, b, self.scale), self._storage())
+            self._norm = (kept, dora_norm(weight, self.squares(), a, b, self.scale), self._hold())
             if not self.training:  # the next norm is far off
                 self._squares = None
         return self._norm[1]

@@ -24,7 +24,7 @@ from peftkit.checkpoint import CheckpointError, checkpoints, load_checkpoint, re
 from peftkit.config import Config
 from peftkit.data import DataOrder
 from peftkit.interrupts import Interrupted, Interrupts
-from peftkit.memory import peak_memory_bytes, return_freed
+from peftkit.memory import peak_memory_bytes
 from peftkit.methods import Handle
 from peftkit.optim import schedule
 from peftkit.tripwires import STEPS_TO_MOVE, TrainingStopped, Tripwire, Tripwires
@@ -253,7 +253,6 @@ def train(
             rate = float(scheduler.get_last_lr()[0])
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            return_freed()
             stats.steps += 1
             stats.tokens += sum(length(row) for row in batch)
             stats.supervised_tokens += tokens

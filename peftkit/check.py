@@ -118,7 +118,7 @@ def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
     examples, found = data.load_examples(recipe.data, tokenizer, "train", pairs)
     report.rows = [(data.colour_row(example, tokenizer), data.marked_row(example, tokenizer)) for example in examples[:SHOWN]]
     evaluated, eval_found = data.load_examples(recipe.data, tokenizer, "eval", pairs)
-    plan = plan_of(recipe, tokenizer, examples, evaluated, pairs)
+    plan = plan_of(recipe, tokenizer, data.make_rows(examples, recipe.data), evaluated, pairs)
     rows = plan.rows
     del examples
     sets = {"eval": evaluated} | {

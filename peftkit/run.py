@@ -86,8 +86,8 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     saved, states = sum(p.nbytes for p in trained), sum(forecast.state_bytes(p, eight_bit) for p in trained)
     if not resume:
         if asked.train.micro_batch_size == "auto":
-            recipe = confirmed(recipe, loss, sets["train"], states, accelerator, handles, console)
-        must_have_room(folder, recipe.train, recipe.train.steps(len(data.make_rows(sets["train"], recipe.data))), saved, saved + states)
+            recipe = confirmed(recipe, loss, sets["rows"], states, accelerator, handles, console)
+        must_have_room(folder, recipe.train, recipe.train.steps(len(sets["rows"])), saved, saved + states)
         if accelerator.is_main_process:
             start_folder(folder, asked)
             if recipe is not asked:
@@ -160,7 +160,7 @@ def resume_line(recipe: Any, overrides: Sequence[str], processes: int, device: s
 
 
 def load_sets(recipe: Recipe, tokenizer: Any, console: Console, splits: Sequence[Literal["train", "eval"]] = ("train", "eval")) -> dict[str, Any]:
-    """The examples of these splits and of every retained set, and the questions of "choices" where they are asked for.
+    """The examples of these splits and of every retained set, "rows" as training puts its examples together, and "choices" where they are asked for.
 
     Raises ConfigError where there is nothing to train on.
     """
@@ -172,6 +172,8 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console, splits: Sequence
         sets[split], report = data.load_examples(recipe.data, tokenizer, split, pairs)
         for line in report.lines():
             console.print(line, highlight=False, markup=False)
+    if "train" in sets:
+        sets["rows"] = data.make_rows(sets["train"], recipe.data)
     for name in recipe.eval.retained:
         sets[name], _ = data.load_examples(recipe.data.alone(name, recipe.eval.retained_rows), tokenizer, "train", pairs)
     generating = [metric for metric in recipe.eval.metrics if metric in evaluate.GENERATING]
@@ -194,7 +196,7 @@ def fitted(recipe: Recipe, tokenizer: Any, sets: dict[str, Any], accelerator: Ac
         console.print(f"micro_batch_size auto: {count} rows at a time, as before", highlight=False, markup=False)
         return recipe.with_micro_batch(count)
     config, problem = load_config(recipe.model.name, recipe.model.revision), None
-    plan = forecast.plan_of(recipe, tokenizer, sets["train"], sets["eval"], reads_with_encoder(config))
+    plan = forecast.plan_of(recipe, tokenizer, sets["rows"], sets["eval"], reads_with_encoder(config))
     try:
         recipe, said = forecast.with_micro_batch(recipe, config, plan, accelerator.num_processes)
         console.print(said, highlight=False, markup=False)
@@ -205,15 +207,14 @@ def fitted(recipe: Recipe, tokenizer: Any, sets: dict[str, Any], accelerator: Ac
 
 
 def confirmed(
-    recipe: Recipe, loss: TokenLoss, examples: data.Examples, states: int, accelerator: Accelerator, handles: dict[str, methods.Handle], console: Console
+    recipe: Recipe, loss: TokenLoss, rows: data.Rows, states: int, accelerator: Accelerator, handles: dict[str, methods.Handle], console: Console
 ) -> Recipe:  # fmt: skip
     """The recipe with the forecast's micro-batch tried, forward and backward, on the longest rows: half as many rows for as long as memory is short.
 
     It is tried beside `states` bytes, which the optimizer will take, and where micro-batches accumulate beside gradients. Leaves no trace in parameters and
     generators. Raises ConfigError where not even one row fits, on all devices alike.
     """
-    rows, count = data.make_rows(examples, recipe.data), int(recipe.train.micro_batch_size or 1)
-    longest = rows.summed(examples.lengths).argsort(kind="stable")[::-1]
+    count, longest = int(recipe.train.micro_batch_size or 1), forecast.sizes_of(rows).tokens.argsort(kind="stable")[::-1]
     before = training.randomness(handles)
     loss.train()
     while True:
@@ -258,7 +259,7 @@ def train(
     handles: dict[str, methods.Handle], console: Console, resume: bool, scores: Scorer, tripwires: Tripwires,
 ) -> training.TrainStats:  # fmt: skip
     """The training stage with its rows packed or not, its progress bar, metrics.jsonl and trackers."""
-    rows = data.make_rows(sets["train"], recipe.data)
+    rows = sets["rows"]
     grouped = recipe.data.group_by_length and not recipe.data.packing
     steps = recipe.train.steps(len(rows))
     found = checkpoints(folder / "checkpoints") if resume else []

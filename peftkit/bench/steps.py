@@ -88,7 +88,7 @@ def measure(recipe: Recipe, rounds: int, console: Console) -> dict[str, Any]:
         methods.attach(trained, recipe.build_methods())
     optimizer = build_optimizer(trained, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)
     frozen, adapted = Side(base, recipe), Side(trained, recipe)
-    batches = [to_batch(part, frozen.loss) for part in parts(recipe, data.make_rows(sets["train"], recipe.data))]
+    batches = [to_batch(part, frozen.loss) for part in parts(recipe, sets["rows"])]
 
     def update() -> None:
         optimizer.step()

@@ -12,7 +12,7 @@ import torch
 
 from peftkit.amounts import human, parse_bytes
 from peftkit.config import ConfigError
-from peftkit.data import Examples, Rows, batch_width, make_rows
+from peftkit.data import Examples, Rows, batch_width
 from peftkit.evaluate import GENERATING, answer_room
 from peftkit.forecast.skeleton import Skeleton
 from peftkit.forecast.step import Forecast, Generation, Workload, forecast
@@ -124,13 +124,13 @@ class Plan:
     """Those made already, by micro-batch and whether it is a part of the batch."""
 
 
-def plan_of(recipe: Recipe, tokenizer: Any, examples: Examples, evaluated: Examples, pairs: bool) -> Plan:
+def plan_of(recipe: Recipe, tokenizer: Any, rows: Rows, evaluated: Examples, pairs: bool) -> Plan:
     """What training and evaluation will be given. pairs: the model reads with an encoder."""
     prompts = room = 0
     if len(evaluated) and any(metric in GENERATING for metric in recipe.eval.metrics):
         room = recipe.eval.max_new_tokens or answer_room(tokenizer, [example.answer for example in evaluated])
         prompts = max(len(example.prompt_ids) for example in evaluated) + room
-    return Plan(sizes_of(make_rows(examples, recipe.data), pairs), sizes_of(evaluated, pairs), prompts, room)
+    return Plan(sizes_of(rows, pairs), sizes_of(evaluated, pairs), prompts, room)
 
 
 def by_tokens(rows: Sizes, count: int, packed: bool = False) -> list[Workload]:

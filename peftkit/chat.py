@@ -45,6 +45,8 @@ class Chat:
             try:
                 if not self.line(line.strip()):
                     return
+            except ConfigError as error:
+                self.write(f"{error}\n(the turn is forgotten; /system alone takes a system message back)\n")
             except KeyboardInterrupt:
                 self.write("\n(stopped; the turn is forgotten)\n")
 
@@ -64,6 +66,8 @@ class Chat:
         elif command == "/reset":
             self.messages = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
             self.write("begun anew\n")
+        elif command == "/system" and argument and not self.tokenizer.chat_template:
+            self.write("this tokenizer has no chat template, so there is no place for a system message\n")
         elif command == "/system":
             self.messages = [{"role": "system", "content": argument}] if argument else []
             self.write(f"begun anew, {'with this' if argument else 'without a'} system message\n")

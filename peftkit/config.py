@@ -247,7 +247,7 @@ def apply_overrides(source: Source, overrides: Iterable[str]) -> Source:
             keys = (*keys, key)
             if len(keys) == len(parts):
                 node[key] = value
-            elif isinstance(node, dict) and key not in node:
+            elif isinstance(node, dict) and node.get(key) is None:  # absent, or null, as a resolved recipe writes it
                 node[key], source.marks[keys] = {}, origin
             node = node[key]
         for old in [old for old in source.marks if old[: len(keys)] == keys]:

@@ -83,7 +83,7 @@ def export(
     merged, plain = (_told(reasons, found) for reasons in taken.reasons(found))
     chosen: Form = form if form != "auto" else "merged" if merged else "plain" if plain else "adapter"  # type: ignore[assignment]
     _check_form(chosen, found, taken, merged, plain)
-    origin = origin._replace(dtype=dtype or origin.dtype)
+    origin, base = origin._replace(dtype=dtype or origin.dtype), locate(origin.model)
     if chosen == "merged":
         measured = str(fold(adapter, output, model, quantize, dtype=dtype)).splitlines()
     elif chosen == "approximation":
@@ -95,9 +95,10 @@ def export(
         measured = _plain(file, target) if chosen == "plain" else _copy(file, target)
     serves = taken.serve_model if chosen == "merged" else taken.serve_adapter
     written = 0 if chosen == "merged" else features(read_folder(target)).rank
-    commands = serves.format(
-        base=locate(origin.model), folder=target, name=target.name, rank=written, vllm_rank=next((r for r in VLLM_RANKS if r >= written), VLLM_RANKS[-1])
-    )
+    on_hub = not Path(base).is_dir()
+    places = {"base": base, "folder": target, "name": target.name}
+    options = {"revision": f" --revision {origin.revision}" if on_hub and origin.revision else "", "remote": " --remote" if on_hub else ""}
+    commands = serves.format(**places, **options, rank=written, vllm_rank=next((r for r in VLLM_RANKS if r >= written), VLLM_RANKS[-1]))
     return ExportReport(taken, chosen, target, merged or plain, measured, commands, _notes(origin, chosen))
 
 

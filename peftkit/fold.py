@@ -103,7 +103,7 @@ def _requantise(adapted: Any, tokenizer: Any, origin: Origin, target: Path, max_
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merging-") as plain:
         merged.save_pretrained(plain)
         quantized, _ = load(plain, origin.quantize, merged.dtype)  # type: ignore[arg-type]
-    lost = sum(_square(dense_weight(quantized.get_submodule(name)) - merged.get_submodule(name).weight) for name in names)
+    lost = sum(_square(dense_weight(quantized.get_submodule(name)) - dense_weight(merged.get_submodule(name))) for name in names)
     check = compare_logits(before, logits_of(quantized))
     write_verified(quantized, tokenizer, target)
     return FoldReport(target, "requantised", check, float("inf"), lost=(lost / moved) ** 0.5 if moved else 0.0)

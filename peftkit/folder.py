@@ -41,6 +41,17 @@ def open_folder(recipe: Recipe, resume: bool) -> Path:
     return folder
 
 
+def must_not_replace(folder: Path, recipe: Recipe) -> None:
+    """Raises ConfigError where a new run would clear away what a run of another recipe has trained."""
+    written = folder / "recipe.yaml"
+    if not written.exists() or not any((folder / name).exists() for name in ("adapter", "model")):
+        return
+    if changed := differences(read_yaml(written).data, recipe.model_dump()):
+        raise ConfigError(
+            f"output_dir: {folder} holds what a run of another recipe has trained; give another output_dir, or remove it:\n  " + "\n  ".join(changed)
+        )
+
+
 def must_be_writable(folder: Path) -> None:
     """Raises ConfigError where nothing can be written to `folder`, which need not exist yet: before hours of work that could not be saved."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,7 @@ def load_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
             return recipe
         recipe = recipe.model_dump()
     source = Source(recipe, "recipe") if isinstance(recipe, dict) else read_yaml(recipe)
-    source = apply_overrides(source, list(overrides))
-    listed = source.data.get("methods", [])
-    if isinstance(listed, list):  # a bare name is short for the method with its defaults
-        source.data["methods"] = [{entry: {}} if isinstance(entry, str) else entry for entry in listed]
+    source = _spelt_out(apply_overrides(_spelt_out(source), list(overrides)))
     methods = from_recipe(source.data.get("methods", []), source)
     source.data["methods"] = to_recipe(methods)
     found = validate(Recipe, source)
@@ -65,9 +63,16 @@ def load_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
     return found
 
 
+def _spelt_out(source: Source) -> Source:
+    """The source with mappings for methods: a bare name is short for the method with its defaults."""
+    if isinstance(source.data, dict) and isinstance(listed := source.data.get("methods", []), list):
+        return replace(source, data=source.data | {"methods": [{entry: {}} if isinstance(entry, str) else entry for entry in listed]})
+    return source
+
+
 def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run folder, with overrides of what is evaluated. It was checked when it ran: what this machine lacks for training is no matter now."""
-    found = validate(Recipe, apply_overrides(read_yaml(folder / "recipe.yaml"), list(overrides)))
+    found = validate(Recipe, _spelt_out(apply_overrides(read_yaml(folder / "recipe.yaml"), list(overrides))))
     check_installed(found.eval.metrics)
     return found
 

@@ -25,7 +25,7 @@ from peftkit.compiling import compile_blocks, uncompiled
 from peftkit.config import ConfigError
 from peftkit.console import bar
 from peftkit.energy import energy_joules
-from peftkit.folder import MICRO_BATCH_FILE, must_have_room, open_folder, start_folder
+from peftkit.folder import MICRO_BATCH_FILE, must_have_room, must_not_replace, open_folder, start_folder
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
 from peftkit.model import load, load_config, load_tokenizer, reads_with_encoder, resolve_dtype
@@ -49,6 +49,8 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     accelerator = one_accelerator(recipe)
     console.quiet = console.quiet or not accelerator.is_main_process
     folder = open_folder(recipe, resume)
+    if not resume:
+        must_not_replace(folder, recipe)
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     sets = load_sets(recipe, tokenizer, console)

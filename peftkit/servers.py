@@ -97,7 +97,7 @@ SERVERS = {
             **NOT_LINEAR,
         },
         ONE_SCALE,
-        "vllm serve {base} --enable-lora --max-lora-rank {vllm_rank} --lora-modules {name}={folder}",
+        "vllm serve {base}{revision} --enable-lora --max-lora-rank {vllm_rank} --lora-modules {name}={folder}",
         "vllm serve {folder}",
         max_rank=VLLM_RANKS[-1],
         source="vllm/lora/peft_helper.py, vllm/config/lora.py (0.10 to 0.22)",
@@ -115,7 +115,7 @@ SERVERS = {
             "alphas": "alpha_pattern is not supported",
             "rslora": "use_rslora is not read: the update would be scaled by alpha / r",
         },
-        "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} --lora-paths {name}={folder}",
+        "python -m sglang.launch_server --model-path {base}{revision} --enable-lora --max-lora-rank {rank} --lora-paths {name}={folder}",
         "python -m sglang.launch_server --model-path {folder}",
         source="python/sglang/srt/lora/lora_config.py (2026)",
     ),
@@ -128,7 +128,7 @@ SERVERS = {
             **NOT_LINEAR,
         },
         ONE_SCALE,
-        "LORA_ADAPTERS={name}={folder} text-generation-launcher --model-id {base}",
+        "LORA_ADAPTERS={name}={folder} text-generation-launcher --model-id {base}{revision}",
         "text-generation-launcher --model-id {folder}",
         source="server/text_generation_server/adapters/lora.py (3.x)",
     ),
@@ -144,7 +144,7 @@ SERVERS = {
             "alphas": "alpha_pattern is not read: modules would get the alpha of the others",
             "rslora": "use_rslora is not read: the update would be scaled by alpha / r",
         },
-        "python llama.cpp/convert_hf_to_gguf.py {base} --outfile base.gguf --outtype bf16\n"
+        "python llama.cpp/convert_hf_to_gguf.py {base}{remote} --outfile base.gguf --outtype bf16\n"
         "python llama.cpp/convert_lora_to_gguf.py {folder} --base {base} --outfile adapter.gguf\n"
         "llama-server -m base.gguf --lora adapter.gguf",
         "python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf --outtype bf16\n"

@@ -57,9 +57,14 @@ def find_origin(adapter: str | None, model: str | None = None, quantize: str | N
             dtype = ((card.get("recipe") or {}).get("model") or {}).get("dtype", "auto")
     if found is None:
         raise ConfigError("neither --adapter nor --model says which base is meant")
-    if quantize not in (None, "none", *QUANTIZATIONS):
-        raise ConfigError(f"--quantize: unknown {quantize!r}{suggest(str(quantize), (*QUANTIZATIONS, 'none'))} (there are: nf4, fp4, int8, none)")
-    return Origin(folder, found, None if quantize == "none" else quantize or stored, dtype, revision)
+    return Origin(folder, found, quantization(quantize, stored), dtype, revision)
+
+
+def quantization(option: str | None, stored: str | None) -> str | None:
+    """How the base is to be stored: as --quantize says, else as it was. Raises ConfigError."""
+    if option not in (None, "none", *QUANTIZATIONS):
+        raise ConfigError(f"--quantize: unknown {option!r}{suggest(str(option), (*QUANTIZATIONS, 'none'))} (there are: nf4, fp4, int8, none)")
+    return None if option == "none" else option or stored
 
 
 def load_adapted(origin: Origin, another_base: bool = False) -> tuple[Any, Any]:
@@ -111,30 +116,36 @@ def answers(
     return found
 
 
-def score(recipe: str, overrides: list[str], adapter: str | None, console: Console) -> dict[str, Any]:
+def score(recipe: str, overrides: list[str], adapter: str | None, console: Console, quantize: str | None = None) -> dict[str, Any]:
     """The recipe's metrics for the adapter of a run folder, another adapter, or the base (adapter "none")."""
-    config, adapted, tokenizer = load_for(recipe, overrides, adapter)
+    config, adapted, tokenizer = load_for(recipe, overrides, adapter, quantize)
     return Scorer(config, adapted, tokenizer, TokenLoss(adapted), load_sets(config, tokenizer, console, ["eval"]), console).score("of", None)
 
 
-def score_tasks(recipe: str, overrides: list[str], adapter: str | None, **options: Any) -> dict[str, float]:
+def score_tasks(recipe: str, overrides: list[str], adapter: str | None, quantize: str | None = None, **options: Any) -> dict[str, float]:
     """Tasks of lm-evaluation-harness for the same models as `score`; options are those of `evaluate.harness_scores`."""
-    _, adapted, tokenizer = load_for(recipe, overrides, adapter)
+    _, adapted, tokenizer = load_for(recipe, overrides, adapter, quantize)
     return evaluate.harness_scores(adapted, tokenizer, **options)
 
 
-def load_for(recipe: str, overrides: list[str], adapter: str | None) -> tuple[Recipe, Any, Any]:
-    """(recipe, model in eval mode, tokenizer) for a run folder or a recipe, and an adapter that goes before its own."""
+def load_for(recipe: str, overrides: list[str], adapter: str | None, quantize: str | None = None) -> tuple[Recipe, Any, Any]:
+    """(recipe, model in eval mode, tokenizer) for a run folder, the adapter in it, or a recipe, and an adapter that goes before its own.
+
+    quantize: how the base is stored, "none" for not at all; by default as the recipe says.
+    """
     folder = Path(recipe)
+    if folder.name == "adapter" and not (folder / "recipe.yaml").exists() and (folder.parent / "recipe.yaml").exists():
+        adapter, folder = adapter or recipe, folder.parent
     config = recipe_of_run(folder, overrides) if folder.is_dir() else load_recipe(folder, overrides)
     if adapter is None:
         adapter = recipe if folder.is_dir() else config.output_dir
+    stored = quantization(quantize, config.quantize)
     if config.train.full_finetuning and adapter != "none":
         adapted, tokenizer = load(str(Path(adapter) / "model"), dtype="float32", attention=config.model.attention)
         return config, adapted.eval(), tokenizer
     if adapter == "none":
-        return config, *load_adapted(Origin(None, config.model.name, config.quantize, config.model.dtype, config.model.revision))
-    base = {"model": config.model.name, "quantize": config.quantize, "dtype": config.model.dtype, "revision": config.model.revision}
+        return config, *load_adapted(Origin(None, config.model.name, stored, config.model.dtype, config.model.revision))
+    base = {"model": config.model.name, "quantize": stored, "dtype": config.model.dtype, "revision": config.model.revision}
     return config, *load_adapted(find_origin(adapter)._replace(**base))  # type: ignore[arg-type]
 
 

@@ -620,3 +620,8 @@ def test_import_is_light() -> None:
     code = "import sys, peftkit.config; print([m for m in ('torch', 'transformers', 'rich', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_overrides_reach_below_what_a_resolved_recipe_writes_as_null():
+    source = apply_overrides(Source({"data": {"columns": None}}), ["data.columns.prompt=question"])
+    assert source.data == {"data": {"columns": {"prompt": "question"}}}

@@ -10,6 +10,7 @@ from chat_templates import family_tokenizer
 
 from peftkit.config import ConfigError
 from peftkit.data import DataConfig, load_examples, marked_row, render
+from peftkit.data.read import read_rows
 
 PLAIN, CHAT = family_tokenizer("base"), family_tokenizer("chatml")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -229,3 +230,15 @@ def test_a_source_mixed_in_has_its_own_columns_and_is_held_to_the_same_rules(tmp
 def test_shares_and_columns_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_parquet_adds_no_arguments_to_a_tool_s_call(tmp_path):
+    """The trap: Arrow gives every struct the keys of all rows, and the template writes the other tools' arguments as nulls, which are then trained."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    calls = [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "add", "arguments": {"a": 1}}]
+    rows = [{"messages": [{"role": "user", "content": "do"}, {"role": "assistant", "content": None, "tool_calls": [{"function": call}]}]} for call in calls]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = [record.columns["messages"][1] for record in read_rows(tmp_path / "rows.parquet")]
+    assert [turn["tool_calls"][0]["function"] for turn in read] == calls and all(turn["content"] is None for turn in read)

@@ -20,6 +20,7 @@ import peftkit as pk
 from peftkit import data, evaluate, loss
 from peftkit.config import ConfigError
 from peftkit.evaluate import EvalConfig, EvalSet, Prediction, final_number, text
+from peftkit.evaluate.exact_match import after_thinking
 from peftkit.loss import TokenLoss
 from peftkit.recipe import load_recipe
 from peftkit.run import Scorer, load_sets, to_batch
@@ -291,3 +292,28 @@ def test_the_mode_stays_and_sets_without_metrics_cost_nothing():
     model = tiny_llama().train()
     found = evaluate.evaluate(model, None, None, EvalSet("eval", []), [], EvalConfig(metrics=[]), list)
     assert model.training and found.values == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "correct"),
+    [
+        ({"prompt": "p", "choices": ["8", "2", "24", "120"], "completion": 2}, 2),  # MMLU's answer is a place, and its choices may be numbers
+        ({"prompt": "p", "choices": {"text": ["0", "1", "2", "3"], "label": ["1", "2", "3", "4"]}, "completion": "2"}, 1),
+        ({"prompt": "p", "choices": ["7", "12"], "completion": 12}, 1),
+        ({"prompt": "p", "choices": ["7", "12"], "completion": "7"}, 0),
+    ],
+)
+def test_which_choice_is_the_right_one(row, correct, tmp_path):
+    _, scorer = scored(recipe(tmp_path, [row], ["choice_accuracy"]))
+    assert [question.correct for question in scorer.main.choices] == [correct]
+
+
+def test_thinking_before_an_answer_is_not_the_answer():
+    assert after_thinking("<think>\n\n</think>\n\n4") == "4" == after_thinking(" 4 ")
+
+
+def test_rouge_of_a_script_that_it_cannot_read_is_refused():
+    """The trap: rouge-score drops every letter but a to z, and a perfect answer scores 0."""
+    pytest.importorskip("rouge_score")
+    with pytest.raises(ConfigError, match="rouge counts words of a-z and 0-9, and 1 references have none"):
+        text.rouge(["Привет мир"], ["Привет мир"])

@@ -203,3 +203,17 @@ def test_an_adapted_tied_head_is_not_lost_on_disk(tmp_path, ids):
     model.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(loaded, ids), adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quantised_gpt2_merges_into_its_own_kind_of_layers(tmp_path, ids):
+    """The trap: transformers quantises Conv1D as linears, whose weights lie the other way round: merged into those, the saved folder cannot be read."""
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    model, _ = pk.load(str(tmp_path / "base"), quantize="nf4", dtype="float32")
+    pk.attach(model, pk.LoRA(r=2))
+    wake(model)
+    pk.merge(model.eval())
+    assert any(isinstance(module, Conv1D) for module in model.modules())
+    model.save_pretrained(tmp_path / "merged")
+    again, _ = pk.load(str(tmp_path / "merged"), dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(ids).logits, model(ids).logits)

@@ -144,3 +144,10 @@ def test_generated_tables_are_up_to_date(capsys):
         write_docs.fill("no markers", "scores", "text")
     once = write_docs.fill("a <!-- x:begin -->old<!-- x:end --> b", "x", "new")
     assert once == "a <!-- x:begin -->\nnew\n<!-- x:end --> b" == write_docs.fill(once, "x", "new")
+
+
+def test_overrides_of_a_method_that_is_named_alone(tmp_path):
+    from peftkit.recipe import load_recipe
+
+    made = {"model": {"name": "builtin:tiny"}, "methods": ["lora"], "data": {"train": "builtin:copy/train"}, "output_dir": str(tmp_path)}
+    assert load_recipe(made, ["methods.0.lora.r=4"]).methods[0]["lora"]["r"] == 4 and made["methods"] == ["lora"]

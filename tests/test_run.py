@@ -299,3 +299,13 @@ def test_a_mistyped_run_deletes_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"nope\.jsonl"):
         pk.run(recipe(done), overrides=["data.train=nope.jsonl"])
     assert mine.read_text() == "mine" and (done / "result.json").exists() and (done / "adapter").exists()
+
+
+def test_what_a_run_of_another_recipe_has_trained_is_not_cleared_away(tmp_path):
+    """The trap: an override, a forgotten output_dir, and yesterday's adapter is gone."""
+    pk.run(recipe(tmp_path / "run", max_steps=1, save_every=None))
+    before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"(?s)a run of another recipe has trained.*train\.max_steps: 1 -> 2"):
+        pk.run(recipe(tmp_path / "run", max_steps=2, save_every=None))
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
+    pk.run(recipe(tmp_path / "run", max_steps=1, save_every=None))  # the same one may run again

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ Quantize = Annotated[str | None, typer.Option("--quantize", help="nf4, fp4, int8
 
 def evaluate(recipe: Annotated[str, typer.Argument(help="A recipe or a run folder.")],
              overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-             adapter: Adapter = None,
+             adapter: Adapter = None, quantize: Quantize = None,
              tasks: Annotated[str | None, typer.Option(rich_help_panel="lm-evaluation-harness", help="Its tasks instead of the recipe's metrics: "
                                                        "arc_easy,hellaswag.")] = None,
              limit: Annotated[int | None, typer.Option(rich_help_panel="lm-evaluation-harness", min=1, help="Examples of each task.")] = None,
@@ -27,23 +27,29 @@ def evaluate(recipe: Annotated[str, typer.Argument(help="A recipe or a run folde
     """Score a run's adapter, another adapter, or (--adapter none) the base, on the recipe's evaluation data."""
     import json
 
-    from peftkit.cli.common import quiet_libraries, stderr, stdout
+    from peftkit.cli.common import quiet_libraries, recipe_path, stderr, stdout
     from peftkit.config import ConfigError
     from peftkit.console import table
     from peftkit.use import score, score_tasks
 
     quiet_libraries()
+    recipe = recipe_path(recipe)
     if tasks is None and (limit is not None or few_shot is not None or chat_template or task_folder is not None):
         raise ConfigError("--limit, --few-shot, --chat-template and --task-folder belong to --tasks")
     if tasks is None:
-        values = score(recipe, overrides or [], adapter, stderr())
+        values = score(recipe, overrides or [], adapter, stderr(), quantize)
+        if not values:
+            raise ConfigError(f"{recipe} names nothing to evaluate on: give data.eval=..., such as data.eval=test.jsonl")
     else:
-        values = score_tasks(recipe, overrides or [], adapter, tasks=tasks.split(","), limit=limit, few_shot=few_shot, chat_template=chat_template,
+        values = score_tasks(recipe, overrides or [], adapter, quantize, tasks=tasks.split(","), limit=limit, few_shot=few_shot, chat_template=chat_template,
                              folder=task_folder)  # fmt: skip
     if json_:
         print(json.dumps(values))
         return
-    stdout().print(table(f"{adapter or recipe}", ["", "score"], [[name, value] for name, value in values.items() if name != "retained"]))
+    rows: list[list[Any]] = [[name, value] for name, value in values.items() if name != "retained"]
+    retained: Any = values.get("retained", {})
+    rows += [[f"  {name}", value] for name, value in retained.items()]
+    stdout().print(table(f"{adapter or recipe}", ["", "score"], rows))
 
 
 def generate(prompt: Annotated[str, typer.Argument(help="The user's message (or the start of a text, for a base without chat template).")],

@@ -95,10 +95,13 @@ def _variants(record: Record | BadRow, form: str, config: DataConfig, choices: S
     named = [text.strip() for text in texts]
     if row.messages[-1]["role"] != "assistant":
         return BadRow(record.where, "it does not end with an answer")
-    if answer in named:
-        correct = named.index(answer)
+    given = None if chats else record.columns.get(name)
+    if isinstance(given, int) and not isinstance(given, bool) and labels is None and 0 <= given < len(texts):
+        correct = given  # MMLU's: the place of the right one, also where the choices are numbers
     elif isinstance(labels, list) and answer in map(str, labels):
         correct = [str(label) for label in labels].index(answer)
+    elif answer in named:
+        correct = named.index(answer)
     elif answer.isdecimal() and int(answer) < len(texts):
         correct = int(answer)
     else:

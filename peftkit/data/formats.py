@@ -136,7 +136,7 @@ def normalise(record: Record | BadRow, form: str, config: DataConfig) -> Row | B
         if config.loss_on != "all" or len(answers) > 1:
             for answer, name in zip(answers, answer_names or [form], strict=True):
                 check_answer(answer, f" of {names.get(name, name)!r}" if len(answers) > 1 else "")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         return BadRow(where, str(error))
     given_turns = len(prompt) if answer_names else 0
     rejected = [*prompt, *answers[1]] if len(answers) > 1 else None

@@ -112,7 +112,7 @@ def pieces(spec: str, split: str) -> list[Piece]:
 def read_rows(piece: Piece) -> Iterator[Record | BadRow]:
     """The rows of a piece; lines that are no rows come as BadRow. Raises ConfigError for what cannot be read."""
     if isinstance(piece, HubSet):
-        yield from (Record(f"{piece.name}[{i}]", dict(row)) for i, row in enumerate(piece.rows))
+        yield from (from_columns(f"{piece.name}[{i}]", row) for i, row in enumerate(piece.rows))
     elif isinstance(piece, str):
         yield from read_builtin(piece)
     else:
@@ -232,7 +232,7 @@ def read_parquet(path: Path) -> Iterator[Record | BadRow]:
     try:  # streaming reads the file itself, without a copy in the cache
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for i, row in enumerate(rows):
-            yield Record(f"{path}[{i}]", dict(row))
+            yield from_columns(f"{path}[{i}]", row)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
 
@@ -248,6 +248,22 @@ def open_hub(spec: str, split: str) -> HubSet:
     except Exception as error:  # network, missing data set, missing split, gated: each library below has its own errors
         raise HubError(f"{spec!r} is no local file, and reading split {split!r} of the data set {name!r} from the hub failed: {first_line(error)}") from error
     return HubSet(f"{name}/{subset}:{split}" if subset else f"{name}:{split}", rows)
+
+
+def from_columns(where: str, row: Any) -> Record:
+    """A row of a columnar source. Arrow gives every struct the keys of all rows: a tool's arguments would hold those of all other tools, as nulls."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: own(inner) for key, inner in value.items() if inner is not None}
+        return [own(inner) for inner in value] if isinstance(value, list) else value
+
+    def cell(value: Any) -> Any:  # the keys of a turn stay, as `content: null` beside a call
+        if isinstance(value, dict):
+            return {key: own(inner) for key, inner in value.items()}
+        return [cell(inner) for inner in value] if isinstance(value, list) else value
+
+    return Record(where, {name: cell(value) for name, value in row.items()})
 
 
 def as_record(where: str, row: Any) -> Record | BadRow:

@@ -48,9 +48,12 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        last = tokenizer(tokenizer.apply_chat_template(turn, tokenize=False).rstrip(), add_special_tokens=False)["input_ids"][-1]
-        token = tokenizer.added_tokens_decoder.get(last)
-        found |= {last} if token is not None and token.special else set()
+        for last in reversed(tokenizer(tokenizer.apply_chat_template(turn, tokenize=False), add_special_tokens=False)["input_ids"]):
+            token = tokenizer.added_tokens_decoder.get(last)
+            if token is not None and token.special:
+                found.add(last)
+            elif tokenizer.decode([last]).strip():  # the answer itself: what stands behind it ends a turn
+                break
     return sorted(found - {None})
 
 
@@ -60,10 +63,11 @@ def generation_config(model: Any, tokenizer: Any, max_new_tokens: int) -> Genera
     if not ends and tokenizer.pad_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text and no padding token, so answers have no end; set tokenizer.eos_token")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    # What is not set here, transformers would take from the model's own generation config: penalties of chat models, say.
+    # What is not set here, transformers would take from the model's own generation config: penalties of chat models, say, or BART's least length.
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=pad
-    )
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0,
+        min_length=0, min_new_tokens=0, eos_token_id=ends, pad_token_id=pad,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -112,4 +116,9 @@ def exact_match(
     if max_new_tokens is None:
         max_new_tokens = answer_room(tokenizer, references)
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
-    return [Prediction(answer, reference.strip(), match) for answer, reference in zip(answers, references, strict=True)]
+    return [Prediction(after_thinking(answer), after_thinking(reference), match) for answer, reference in zip(answers, references, strict=True)]
+
+
+def after_thinking(text: str) -> str:
+    """What is said after the thinking: templates such as Qwen3's write an empty one before every answer, which no reference holds."""
+    return text.rpartition("</think>")[2].strip()

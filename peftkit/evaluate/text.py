@@ -23,6 +23,10 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     """Mean F1 of ROUGE-1, -2 and -L over the pairs, 0 to 1, with Porter's stemmer as in the summarisation literature."""
     check_installed(["rouge"])
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenize import tokenize
+
+    if empty := [text for text in references if text.strip() and not tokenize(text, None)]:
+        raise ConfigError(f"rouge counts words of a-z and 0-9, and {len(empty)} references have none (such as {empty[0][:40]!r}); use bleu or exact_match")
 
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=True)

@@ -66,6 +66,12 @@ def plain_linear(module: Any, weight: Tensor) -> nn.Module:
     if not quant.is_quantized(module):
         module.weight = nn.Parameter(as_stored(module, weight).contiguous(), requires_grad=False)
         return module
+    if issubclass(getattr(module, "source_cls", None) or nn.Linear, Conv1D):  # GPT-2's, which transformers quantises as linears
+        with torch.device("meta"):
+            turned = Conv1D(*weight.shape)
+        turned.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+        turned.bias = nn.Parameter(module.bias.detach().to(weight.dtype), requires_grad=False)
+        return turned.train(module.training)
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if module.bias is not None:

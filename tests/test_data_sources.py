@@ -242,3 +242,13 @@ def test_parquet_adds_no_arguments_to_a_tool_s_call(tmp_path):
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     read = [record.columns["messages"][1] for record in read_rows(tmp_path / "rows.parquet")]
     assert [turn["tool_calls"][0]["function"] for turn in read] == calls and all(turn["content"] is None for turn in read)
+
+
+def test_a_pair_of_whole_conversations_does_not_write_the_prompt_twice():
+    """The trap: the prompt column holds the question alone, and both sides begin with a system turn."""
+    sides = {side: [said("system", "be brief"), said("user", "hi"), said("assistant", text)] for side, text in (("chosen", "yo"), ("rejected", "no"))}
+    example = render({"prompt": "hi", **sides}, CHAT, config())
+    shown = marked_row(example, CHAT)
+    assert shown.count("hi") == 1 and "be brief" in shown and shown.endswith("[[yo<|im_end|>]]\n") and example.rejected.answer == "no"
+    with pytest.raises(ConfigError, match="'rejected' begins with another prompt than 'prompt'"):
+        render({"prompt": "hi", "chosen": "yo", "rejected": sides["rejected"]}, CHAT, config())

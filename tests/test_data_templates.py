@@ -163,3 +163,12 @@ def test_most_prompts_are_not_tokenised_a_second_time(monkeypatch):
     done = load([Row(f"row {i}", [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "x"}]) for i in range(5)])
     assert len(done) == 5 and all(isinstance(each, Example) and each.prompt_ids for each in done)
     assert [text for text in texts if text] == [tokenizer.decode(each.input_ids) for each in done] + ["<|im_start|>assistant\n"]
+
+
+@pytest.mark.parametrize("answer", ["A", "B", "SIS", "a T"])
+def test_a_header_without_a_generation_prompt_is_no_part_of_the_answer(answer):
+    """The trap: the header is looked for by the answer, and an answer that stands in the header cuts it there."""
+    tokenizer = family_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    example = render({"prompt": "hi", "completion": answer}, tokenizer, DataConfig(train="x"))
+    assert marked_row(example, tokenizer) == f"USER: hi<|im_end|>ASSISTANT: [[{answer}<|im_end|>]]"

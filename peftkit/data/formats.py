@@ -121,8 +121,12 @@ def normalise(record: Record | BadRow, form: str, config: DataConfig) -> Row | B
             if prompt_name and not isinstance(cell(prompt_name), list | dict):
                 plain = text(prompt_name) + "\n"
             answers = [turns(name, "assistant") for name in answer_names]
-            if not prompt:
-                prompt = shared_start(*answers)
+            opens = [answer[0]["role"] in ("system", "developer", "user") and any(turn["role"] == "assistant" for turn in answer) for answer in answers]
+            whole = [begins and answer[: len(prompt)] != prompt for begins, answer in zip(opens, answers, strict=True)]
+            if not prompt or (len(answers) > 1 and all(whole)):  # whole conversations bring their own prompt
+                prompt, plain = shared_start(*answers), None if prompt else plain
+            elif any(whole):
+                raise ValueError(f"{answer_names[whole.index(True)]!r} begins with another prompt than {prompt_name!r}")
             answers = [answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers]
         if form == "instruction/output":
             given, instruction = text("input") if cell("input") not in (None, "") else "", text("instruction")

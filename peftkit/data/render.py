@@ -214,8 +214,10 @@ class Renderer:
             after = self.chat(messages[: turn + 1], tools) if turn + 1 < len(messages) else text
             written = after[len(before) :] if after.startswith(before) else ""
             if written and before == self.chat(messages[:turn], tools):
-                # The template has no generation prompt: the header of the turn is found by what follows it.
-                header = written[: max(0, written.find((messages[turn]["content"] or "").strip()))]
+                # The template has no generation prompt: the header of the turn is what it writes before any content.
+                shown = self.chat([*messages[:turn], messages[turn] | {"content": PLACEHOLDER}], tools)
+                at = shown.find(PLACEHOLDER, len(before))
+                header = shown[len(before) : at] if at >= 0 and after.startswith(shown[:at]) else ""
                 before, written = (before + header, written[len(header) :]) if header.strip() else (before, written)
             written = self.to_its_end(written)
             start = len(before)

@@ -296,8 +296,9 @@ def test_evaluation_keeps_m_and_n_and_nothing_else():
     model = adapted("dora", torch.float32).eval()
     model(tokens(3, 16, dtype=torch.float32))
     for layer in adapter_layers(model).values():
-        held = [value for value in vars(layer).values() if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Tensor)]
-        assert [tuple(tensor.shape) for _, tensor in held] == [(16,)] and layer.magnitude().shape == (16,)
+        held = [value for value in vars(layer).values() if isinstance(value, tuple) and len(value) == 3 and isinstance(value[1], Tensor)]
+        assert [tuple(tensor.shape) for _, tensor, _ in held] == [(16,)] and layer.magnitude().shape == (16,)
+        assert all(weight.data_ptr() == layer.base_layer.weight.data_ptr() for _, _, weight in held)  # the frozen weight itself, no copy
 
 
 def test_moving_a_model_to_bf16_does_not_round_the_norm():

@@ -147,7 +147,5 @@ def test_generated_tables_are_up_to_date(capsys):
 
 
 def test_overrides_of_a_method_that_is_named_alone(tmp_path):
-    from peftkit.recipe import load_recipe
-
     made = {"model": {"name": "builtin:tiny"}, "methods": ["lora"], "data": {"train": "builtin:copy/train"}, "output_dir": str(tmp_path)}
     assert load_recipe(made, ["methods.0.lora.r=4"]).methods[0]["lora"]["r"] == 4 and made["methods"] == ["lora"]

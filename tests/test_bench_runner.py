@@ -197,7 +197,7 @@ def test_a_suite_is_found_by_name(tmp_path, monkeypatch):
 
 def test_code_of_one_method_counts_for_its_cells_alone(tmp_path, monkeypatch):
     package = tmp_path / "package"
-    for name in (*OWN, "methods/lora.py", "bench/steps.py", "bench/report.py"):
+    for name in (*OWN, "methods/lora.py", "bench/steps.py", "bench/report.py", "export.py", "train.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("a = 1")
     monkeypatch.setattr(keys_module, "PACKAGE", package)
@@ -216,7 +216,8 @@ def test_code_of_one_method_counts_for_its_cells_alone(tmp_path, monkeypatch):
     assert touched("methods/qlora.py") == ({"qlora"},) * 2
     assert touched("methods/lora.py") == (set(rows),) * 2
     assert touched("bench/steps.py") == (set(), set(rows))
-    assert touched("bench/report.py") == (set(), set())
+    assert touched("bench/report.py") == touched("export.py") == (set(), set())
+    assert touched("train.py") == (set(rows),) * 2
 
 
 def test_touching_the_code_of_a_method_reruns_its_cells_alone(tmp_path, stand_in, monkeypatch):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from peftkit.bench.keys import NOT_IN_KEY
+
 PACKAGE = Path(__file__).parent.parent / "peftkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -98,6 +100,11 @@ def edges() -> dict[tuple[str, str], str]:
             if module.split(".")[0] == "peftkit" and target and target != source:
                 found.setdefault((source, target), f"{path.relative_to(PACKAGE)}:{line}")
     return found
+
+
+def test_code_above_run_is_in_no_benchmark_key():
+    """A change of what a run cannot import reruns no cell; of all else every cell depends on, but the files of one method (test_bench_runner)."""
+    assert set(NOT_IN_KEY) == {unit for unit, level in LEVEL.items() if level < LEVEL["run"]}
 
 
 def test_every_file_has_a_level():

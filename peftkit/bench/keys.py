@@ -11,7 +11,9 @@ from typing import Any
 import peftkit
 
 PACKAGE = Path(__file__).parents[1]
-NOT_IN_KEY = ("bench", "cli")  # folders of the package that cannot change what a run measures
+NOT_IN_KEY = ("__main__", "bench", "chat", "check", "cli", "doctor", "export", "fold", "rehearse", "servers", "use")
+"""Modules that stand above `run` and so cannot change what a run measures: imports point down only."""
+
 STEPS = "bench/steps.py"  # but a timing cell is run by this file
 
 OWN = {
@@ -33,7 +35,7 @@ class Code:
         self.files = {}
         for path in sorted(PACKAGE.rglob("*")):
             parts = path.relative_to(PACKAGE).parts
-            if path.is_file() and "__pycache__" not in parts and (parts[0] not in NOT_IN_KEY or "/".join(parts) == STEPS):
+            if path.is_file() and "__pycache__" not in parts and (parts[0].removesuffix(".py") not in NOT_IN_KEY or "/".join(parts) == STEPS):
                 self.files["/".join(parts)] = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def of(self, recipe: dict[str, Any], timing: bool = False) -> str:

@@ -27,6 +27,10 @@ from peftkit.use import Origin, find_origin, load_adapted
 
 Form = Literal["adapter", "plain", "merged", "approximation"]
 FORMS = ("auto", "adapter", "plain", "merged", "approximation")
+_NAMED: dict[Form, str] = {
+    "adapter": "the adapter as it is", "plain": "an adapter of plain LoRA with the same update", "merged": "a merged model",
+    "approximation": "an adapter of plain LoRA near it",
+}  # fmt: skip
 _PLAIN: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "init_lora_weights": True, "inference_mode": True}
 
 
@@ -43,11 +47,7 @@ class ExportReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        form = {
-            "adapter": "the adapter as it is", "plain": "an adapter of plain LoRA with the same update", "merged": "a merged model",
-            "approximation": "an adapter of plain LoRA near it",
-        }[self.form]  # fmt: skip
-        lines = [f"for {self.server.name}: {form}", *(f"  because {reason}" for reason in self.reasons), *self.measured, *self.notes]
+        lines = [f"for {self.server.name}: {_NAMED[self.form]}", *(f"  because {reason}" for reason in self.reasons), *self.measured, *self.notes]
         return "\n".join([*lines, f"written: {self.folder}", "serve it by", *(f"  {line}" for line in self.commands.splitlines())])
 
 
@@ -99,13 +99,13 @@ def export(
     places = {"base": base, "folder": target, "name": target.name}
     options = {"revision": f" --revision {origin.revision}" if on_hub and origin.revision else "", "remote": " --remote" if on_hub else ""}
     commands = serves.format(**places, **options, rank=written, vllm_rank=next((r for r in VLLM_RANKS if r >= written), VLLM_RANKS[-1]))
-    return ExportReport(taken, chosen, target, merged or plain, measured, commands, _notes(origin, chosen))
+    return ExportReport(taken, chosen, target, merged or plain, measured, commands, _notes(origin, chosen, dtype))
 
 
 def _check_form(form: Form, found: Features, server: Server, merged: list[str], plain: list[str]) -> None:
     """Raises ConfigError where an adapter cannot have this form, or the server would not take it."""
-    beside = [what for what in ("saved", "tokens", "bias", "embeddings", "experts", "convolutions") if getattr(found, what)]
-    named = {"saved": f"modules_to_save ({', '.join(found.saved)})", "tokens": "trained tokens", "bias": "trained biases"}
+    beside = [what for what in ("saved", "tokens", "bias", "embeddings", "frozen", "experts", "convolutions") if getattr(found, what)]
+    named = {"saved": f"modules_to_save ({', '.join(found.saved)})", "tokens": "trained tokens", "bias": "trained biases", "frozen": "weights of the base"}
     others = [named.get(what, f"adapted {what}") for what in beside]
     if form == "adapter" and (merged or plain):
         raise ConfigError(f"--form adapter: {server.name} does not take this one: {'; '.join(merged or plain)}")
@@ -127,13 +127,16 @@ def _told(reasons: list[str], found: Features) -> list[str]:
     return [reason.format(saved=", ".join(found.saved)) for reason in reasons]
 
 
-def _notes(origin: Origin, form: Form) -> list[str]:
+def _notes(origin: Origin, form: Form, dtype: str | None) -> list[str]:
+    notes = []
+    if dtype is not None and form in ("adapter", "plain"):
+        notes.append("note: --dtype is of merged models, and did nothing: an adapter's numbers stay what they are")
     if form != "merged" and origin.quantize is not None:
-        return [
+        notes.append(
             f"note: it was trained on a base in {origin.quantize}; a server that keeps the base in 16 bits computes another model. "
             "`peftkit merge --onto original` measures how far it is, and --form merged exports the one that was trained"
-        ]
-    return []
+        )
+    return notes
 
 
 def _copy(file: AdapterFile, target: Path) -> list[str]:

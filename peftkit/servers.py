@@ -27,6 +27,8 @@ class Features:
     tokens: bool = False
     bias: bool = False
     embeddings: bool = False
+    frozen: bool = False
+    """Whether weights of the base stand beside the adapter that it did not train: peft writes embeddings along that were resized."""
     experts: bool = False
     convolutions: bool = False
 
@@ -34,6 +36,8 @@ class Features:
 def features(file: AdapterFile) -> Features:
     """What an adapter uses, by its config and its tensors."""
     config, state = file.config, file.state
+    saved = tuple(config.get("modules_to_save") or ())
+    trained = (".lora_", "trainable_tokens_delta", *(f".{name}." for name in saved))
     factors = {key: tensor for key, tensor in state.items() if key.endswith("lora_A.weight")}
     ranks = {tensor.shape[0] for tensor in factors.values()} or {config["r"]}
     return Features(
@@ -42,10 +46,11 @@ def features(file: AdapterFile) -> Features:
         rslora=bool(config.get("use_rslora")),
         ranks=len(ranks) > 1,
         alphas=bool(config.get("alpha_pattern")),
-        saved=tuple(config.get("modules_to_save") or ()),
+        saved=saved,
         tokens=bool(config.get("trainable_token_indices")),
         bias=config.get("bias", "none") != "none",
         embeddings=any(".lora_embedding_" in key for key in state),
+        frozen=any(not key.endswith(".bias") and not any(part in key for part in trained) for key in state),
         experts=bool(config.get("target_parameters")),
         convolutions=any(tensor.ndim > 2 for tensor in factors.values()),
     )
@@ -76,6 +81,7 @@ class Server:
 NOT_LINEAR = {
     "tokens": "trained rows of the embedding are no LoRA update",
     "embeddings": "adapted embeddings are served for few architectures or none",
+    "frozen": "weights of a resized embedding are not read: tokens that were added would be missing",
     "experts": "adapted experts are in peft's target_parameters, which it does not read",
     "convolutions": "adapted convolutions are not served",
 }

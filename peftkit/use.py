@@ -47,6 +47,8 @@ def find_origin(adapter: str | None, model: str | None = None, quantize: str | N
             found, stored, dtype = model or recipe.model.name, recipe.quantize, recipe.model.dtype
             revision = None if model else recipe.model.revision
         folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).exists() else folder
+        if not (folder / CONFIG_FILE).exists() and (run_folder / "model").is_dir():
+            raise ConfigError(f"--adapter: {folder} was finetuned in full and has no adapter; its model is {run_folder / 'model'}: give that as --model")
         if not (folder / CONFIG_FILE).exists():
             raise ConfigError(f"--adapter: {folder} holds no {CONFIG_FILE}: it is neither a run folder with an adapter nor an adapter folder")
         found = found or read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
@@ -141,6 +143,8 @@ def load_for(recipe: str, overrides: list[str], adapter: str | None, quantize: s
         adapter = recipe if folder.is_dir() else config.output_dir
     stored = quantization(quantize, config.quantize)
     if config.train.full_finetuning and adapter != "none":
+        if not (Path(adapter) / "model").is_dir():
+            raise ConfigError(f"{adapter} holds no folder model, where a run that trains all parameters saves them: it has not ended, or is another run")
         adapted, tokenizer = load(str(Path(adapter) / "model"), dtype="float32", attention=config.model.attention)
         return config, adapted.eval(), tokenizer
     if adapter == "none":

@@ -179,6 +179,7 @@ def test_curves_are_thinned_by_means_and_averaged_where_all_have_a_step():
     curve = [(float(i), float(i % 2)) for i in range(1, 161)]
     assert len(thin(curve)) == 80 and {y for _, y in thin(curve)} == {0.5}
     assert mean_curve([[(1, 2.0), (2, 4.0), (3, 1.0)], [(1, 4.0), (2, 0.0)]]) == [(1, 3.0), (2, 2.0)]
+    assert mean_curve([[(1, 2.0), (3, 4.0)], [(2, 1.0), (4, 3.0)]]) == [(2, 2.0), (3, 3.0)]  # 3 and 1, 4 and 2: no step in common
 
 
 def test_every_figure_is_there_and_says_what_it_shows():

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -184,6 +184,27 @@ def test_an_approximation_of_what_is_no_dora_is_refused(tmp_path):
     _, saved = made(tmp_path / "other", "saved")
     with pytest.raises(ConfigError, match=r"has modules_to_save \(lm_head\): it needs merging"):
         exported(saved, tmp_path, "vllm", "approximation")
+
+
+def test_an_embedding_resized_for_new_tokens_is_seen(tmp_path):
+    """peft writes it along, frozen; a server that reads A and B alone would look new tokens up in the base's own rows."""
+    model, _ = pk.load("builtin:tiny", dtype="float32")
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    told = {server: (takes, why) for server, takes, why in servers_for(str(tmp_path / "adapter"))}
+    assert told.pop("peft")[0] == "as it is"
+    assert all(takes == "a merged model" and "resized embedding" in why for takes, why in told.values())
+    with pytest.raises(ConfigError, match="it has weights of the base"):
+        exported(str(tmp_path / "adapter"), tmp_path, "peft", "plain")
+
+
+def test_options_that_do_nothing_are_said(tmp_path, capsys):
+    _, adapter = made(tmp_path, "lora")
+    assert "--dtype is of merged models, and did nothing" in str(exported(adapter, tmp_path, "vllm"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", adapter, "--form", "plain", "--rank", "4"])
+    assert stopped.value.code == 2 and "--form, --rank: of what is written; give a FOLDER and --for SERVER" in capsys.readouterr().err
 
 
 def test_the_lines_to_serve_by(tmp_path):

@@ -235,6 +235,11 @@ def test_full_finetuning_saves_a_model(tmp_path):
     weights = load_file(tmp_path / "full/model/model.safetensors")
     base, _ = pk.load("builtin:tiny", dtype="float32")
     assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"].float(), base.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(ConfigError, match="was finetuned in full and has no adapter; its model is .*full/model: give that as --model"):
+        find_origin(str(tmp_path / "full"))
+    (tmp_path / "full/model").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="holds no folder model, where a run that trains all parameters saves them"):
+        load_for(str(tmp_path / "full"), [], None)  # a path that is not there would be looked up as a hub id
 
 
 def test_a_full_model_that_is_not_what_was_trained_is_never_left(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from peftkit.bench.compare import task_names
 from peftkit.bench.overview import SHARES, done, percent_or_number, score
 from peftkit.bench.records import Record, Results
@@ -256,10 +258,11 @@ def thin(curve: Sequence[Span], most: int = POINTS) -> list[Span]:
 
 
 def mean_curve(curves: Sequence[Sequence[Span]]) -> list[Span]:
-    """The mean at the steps that all curves have, as far as the shortest goes."""
-    by_step = [dict(curve) for curve in curves]
-    shared = sorted(set(by_step[0]).intersection(*by_step))
-    return [(step, statistics.fmean(curve[step] for curve in by_step)) for step in shared] or list(curves[0])
+    """The mean where all curves run; between the steps that one has (seeds of a token budget log at steps of their own) it goes on in a straight line."""
+    first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    steps = sorted({step for curve in curves for step, _ in curve if first <= step <= last})
+    values = [np.interp(steps, *zip(*curve, strict=True)) for curve in curves]
+    return [(step, float(value)) for step, value in zip(steps, np.mean(values, axis=0), strict=True)] if steps else list(curves[0])
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------------

@@ -173,6 +173,9 @@ def export(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run
     if (output is None) != (for_ is None):
         raise ConfigError("give both a FOLDER and --for SERVER to write, or none of them to see what servers take")
     if output is None or for_ is None:
+        options = {"--form": form != "auto", "--rank": rank, "--model": model, "--quantize": quantize, "--dtype": dtype}
+        if given := [name for name, value in options.items() if value]:
+            raise ConfigError(f"{', '.join(given)}: of what is written; give a FOLDER and --for SERVER, or leave {'it' if len(given) == 1 else 'them'} out")
         stdout().print(table(adapter, ["server", "takes", "because"], [[escape(cell) for cell in row] for row in servers_for(adapter)]))
         return
     stdout().print(str(export_to(adapter, output, for_, form, rank, model, quantize, dtype)), highlight=False, markup=False, soft_wrap=True)

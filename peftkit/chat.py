@@ -11,7 +11,7 @@ import torch
 from peftkit.config import ConfigError, suggest
 from peftkit.evaluate import stream_answer
 from peftkit.methods import adapters_disabled
-from peftkit.use import template_ids
+from peftkit.use import room, template_ids
 
 COMMANDS = {
     "/adapter on|off|both": "answer with the adapter, without it, or both, one below the other",
@@ -91,16 +91,16 @@ class Chat:
         templated = bool(self.tokenizer.chat_template)
         turns = [*self.messages, {"role": "user", "content": text}]
         ids = template_ids(turns, self.tokenizer) if templated else self.tokenizer(text)["input_ids"]
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and len(ids) >= longest:
-            self.write(f"the conversation has {len(ids)} tokens and the model reads {longest}: /reset begins anew\n")
+        try:
+            most = room(self.model, ids, self.max_new_tokens)
+        except ConfigError as error:
+            self.write(f"{error}: /reset begins anew\n")
             return {}
-        room = self.max_new_tokens if longest is None else min(self.max_new_tokens, longest - len(ids))
         found = {}
         for who in {"on": ["with adapter"], "off": ["base"], "both": ["base", "with adapter"]}[self.adapter]:
             self.write(f"{who}: ")
             with adapters_disabled(self.model) if who == "base" else nullcontext(), torch.no_grad():
-                found[who] = stream_answer(self.model, self.tokenizer, ids, room, self.write, self.temperature)
+                found[who] = stream_answer(self.model, self.tokenizer, ids, most, self.write, self.temperature)
             self.write("\n")
         if templated:
             self.messages = [*turns, {"role": "assistant", "content": list(found.values())[-1]}]

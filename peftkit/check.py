@@ -22,6 +22,8 @@ from peftkit.recipe import Recipe, load_recipe
 
 SHOWN = 2  # rows printed with their trained tokens marked
 BARS, WIDTH = 8, 40  # of the histogram of lengths
+UNREACHED = {"ConnectionError", "TimeoutError", "Timeout", "TransportError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+"""Errors by name, whichever client the hub's library is built on."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     try:
         config, tokenizer = load_config(recipe.model.name, recipe.model.revision), load_tokenizer(recipe.model.name, recipe.model.revision)
     except ConfigError as error:
-        if _is_local(recipe.model.name):
+        if _is_local(recipe.model.name) or not unreached(error):
             raise
         report.sections["model"] = [f"{recipe.model.name} is not on this machine and the hub was not reached: model and data stay unchecked"]
         report.sections["model"] += [str(error).splitlines()[0]]
@@ -65,6 +67,8 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     try:
         plan = _tell_data(report, tokenizer, reads_with_encoder(config))
     except data.HubError as error:
+        if not unreached(error):
+            raise
         report.sections["data"] = [f"unchecked: {error}"]
     if not resume:
         steps = recipe.train.steps(len(plan.rows)) if plan else recipe.train.max_steps or 2
@@ -75,6 +79,16 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     if report.facts["conflicts"]:
         report.sections["look again"] = report.facts["conflicts"]
     return report
+
+
+def unreached(error: BaseException) -> bool:
+    """Whether an error is for want of the network, rather than of what was looked for: a name that the hub does not have, a licence not accepted."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return any(kind.__name__ in UNREACHED for each in causes for kind in type(each).__mro__)
 
 
 def _is_local(name: str) -> bool:

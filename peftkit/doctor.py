@@ -26,6 +26,8 @@ State = Literal["ok", "note", "warning", "broken"]
 EXTRAS = {
     "rouge_score": ("rouge of eval.metrics", 'pip install "peftkit[text]"'),
     "sacrebleu": ("bleu of eval.metrics", 'pip install "peftkit[text]"'),
+    "optuna": ("bench: learning rates", 'pip install "peftkit[bench]"'),
+    "submitit": ("bench run --launcher submitit", 'pip install "peftkit[slurm]"'),
     "lm_eval": ("eval --tasks", 'pip install "peftkit[harness]"'),
     "flash_attn": ("attention: flash_attention_2", "pip install flash-attn, on a machine with a GPU"),
 }
@@ -173,8 +175,10 @@ def _kernels() -> Iterator[Found]:
     if find_spec("triton") is None:
         yield "Triton", "note", "not installed: the kernels in plain torch run", 'pip install "triton>=3.7,<3.8" on Linux with a GPU'
     else:
+        import triton  # its module knows its version, which several distributions bring
+
         use = "its kernels run on the GPU" if torch.cuda.is_available() else "without a GPU the kernels in plain torch run"
-        yield "Triton", "ok" if torch.cuda.is_available() else "note", f"{version('triton')}: {use}", ""
+        yield "Triton", "ok" if torch.cuda.is_available() else "note", f"{triton.__version__}: {use}", ""
 
 
 def _extras() -> Iterator[Found]:

@@ -20,7 +20,7 @@ from peftkit.fold import check_target, fold
 from peftkit.layers import LoRALinear, adapter_layers, dense_weight
 from peftkit.merge import compare_logits
 from peftkit.methods import detach
-from peftkit.model import locate
+from peftkit.model import load_config, locate, reads_with_encoder
 from peftkit.save_model import logits_of
 from peftkit.servers import SERVERS, VLLM_RANKS, Features, Server, features
 from peftkit.use import Origin, find_origin, load_adapted
@@ -94,12 +94,14 @@ def export(
     else:
         measured = _plain(file, target) if chosen == "plain" else _copy(file, target)
     serves = taken.serve_model if chosen == "merged" else taken.serve_adapter
+    if chosen == "merged" and reads_with_encoder(load_config(base, origin.revision)):
+        serves = serves.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
     written = 0 if chosen == "merged" else features(read_folder(target)).rank
     on_hub = not Path(base).is_dir()
     places = {"base": base, "folder": target, "name": target.name}
     options = {"revision": f" --revision {origin.revision}" if on_hub and origin.revision else "", "remote": " --remote" if on_hub else ""}
     commands = serves.format(**places, **options, rank=written, vllm_rank=next((r for r in VLLM_RANKS if r >= written), VLLM_RANKS[-1]))
-    return ExportReport(taken, chosen, target, merged or plain, measured, commands, _notes(origin, chosen, dtype))
+    return ExportReport(taken, chosen, target, merged or plain, measured, commands, _notes(find_origin(adapter, model).quantize, chosen, quantize, dtype))
 
 
 def _check_form(form: Form, found: Features, server: Server, merged: list[str], plain: list[str]) -> None:
@@ -127,13 +129,15 @@ def _told(reasons: list[str], found: Features) -> list[str]:
     return [reason.format(saved=", ".join(found.saved)) for reason in reasons]
 
 
-def _notes(origin: Origin, form: Form, dtype: str | None) -> list[str]:
+def _notes(trained: str | None, form: Form, quantize: str | None, dtype: str | None) -> list[str]:
+    """trained: how the base was stored in training; the others are options."""
     notes = []
-    if dtype is not None and form in ("adapter", "plain"):
-        notes.append("note: --dtype is of merged models, and did nothing: an adapter's numbers stay what they are")
-    if form != "merged" and origin.quantize is not None:
+    for option, value in {"--dtype": dtype, "--quantize": quantize}.items():
+        if value is not None and form in ("adapter", "plain"):
+            notes.append(f"note: {option} is of the base, and did nothing: an adapter is written as it is")
+    if form != "merged" and trained is not None:
         notes.append(
-            f"note: it was trained on a base in {origin.quantize}; a server that keeps the base in 16 bits computes another model. "
+            f"note: it was trained on a base in {trained}; a server that keeps the base in 16 bits computes another model. "
             "`peftkit merge --onto original` measures how far it is, and --form merged exports the one that was trained"
         )
     return notes

@@ -22,6 +22,7 @@ from transformers import AutoConfig, set_seed
 
 from peftkit import data, methods
 from peftkit.amounts import human
+from peftkit.check import unreached
 from peftkit.checkpoint import CheckpointError
 from peftkit.config import ConfigError
 from peftkit.model import load_config, load_tokenizer, model_class, reads_with_encoder
@@ -66,7 +67,8 @@ def rehearse(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[s
         small = _stand_in_recipe(recipe, tokenizer, pairs, beside, work, steps, report)
         result = report.result = run(small, console=console)
         saved = human(result.adapter["bytes"])
-        losses = [json.loads(line)["loss"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+        logged = map(json.loads, (work / "run" / "metrics.jsonl").read_text().splitlines())
+        losses = [line["loss"] for line in logged if "loss" in line]
         report.did += [f"{result.train['steps']} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}", f"saved {saved}"]
         again = score(str(work / "run"), [], None, Console(quiet=True))
         report.did.append(_compare(again, result.after))
@@ -215,6 +217,10 @@ def _stand_in_recipe(recipe: Recipe, tokenizer: Any, pairs: bool, beside: Path, 
             small["data"][split], fits = _stand_in_rows(recipe.data, split, tokenizer, pairs, beside, work, report)
             length = length if fits else recipe.data.max_length
     small["data"]["cache"] = False
+    small["eval"]["retained"] = [
+        _stand_in_rows(alone, "train", tokenizer, pairs, beside, work / f"retained-{number}", report, "eval.retained")[0]
+        for number, alone in enumerate(recipe.data.alone(spec, RETAINED_ROWS) for spec in recipe.eval.retained)
+    ]
     for number, part in enumerate(recipe.data.parts):
         own = small["data"]["replay"] if part is recipe.data.replay else small["data"]["mix"][number - bool(recipe.data.replay)]
         alone = recipe.data.alone(part.source, columns=part.columns)
@@ -227,7 +233,9 @@ def _stand_in_recipe(recipe: Recipe, tokenizer: Any, pairs: bool, beside: Path, 
     batch, micro = min(recipe.train.batch_size, 4), recipe.train.micro_batch_size
     if isinstance(micro, int):
         micro = min(micro, max(1, batch // 2) if micro < recipe.train.batch_size else batch)
-    small["train"] |= {"max_steps": steps, "num_epochs": None, "batch_size": batch, "micro_batch_size": micro, "log_every": 1}
+    if small["train"]["report_to"]:
+        report.stood_in.append(f"trackers: {', '.join(small['train']['report_to'])} is told nothing")
+    small["train"] |= {"report_to": [], "max_steps": steps, "num_epochs": None, "batch_size": batch, "micro_batch_size": micro, "log_every": 1}
     small["eval"] |= {"batch_size": min(recipe.eval.batch_size, EVAL_ROWS), "retained_rows": RETAINED_ROWS, "max_new_tokens": 8}
     small["model"] |= {"name": str(work / "base"), "revision": None}
     if recipe.model.attention == "flash_attention_2" and not torch.cuda.is_available():
@@ -241,13 +249,16 @@ def _stand_in_recipe(recipe: Recipe, tokenizer: Any, pairs: bool, beside: Path, 
     return load_recipe(small)
 
 
-def _stand_in_rows(config: data.DataConfig, split: Any, tokenizer: Any, pairs: bool, beside: Path, work: Path, report: Rehearsal) -> tuple[str, bool]:
+def _stand_in_rows(
+    config: data.DataConfig, split: Any, tokenizer: Any, pairs: bool, beside: Path, work: Path, report: Rehearsal, named: str | None = None
+) -> tuple[str, bool]:  # fmt: skip
     """Where the rows of a split are, and whether rows cut at LENGTH tokens leave something to train.
 
     The split itself where it can be had, checked as the recipe says; else a file of others in the same columns.
     """
     spec = config.train if split == "train" else config.eval
     assert spec is not None
+    named = named or f"data.{split}"
     fewer = {"train_rows": min(config.train_rows or ROWS, ROWS), "eval_rows": min(config.eval_rows or EVAL_ROWS, EVAL_ROWS)}
     few = config.model_copy(update={"cache": False, "replay": None, "mix": [], **fewer})
     file = data.local_file(spec)
@@ -256,23 +267,21 @@ def _stand_in_rows(config: data.DataConfig, split: Any, tokenizer: Any, pairs: b
     if file is None or file.exists() or not kept:  # a file that is not there and that nothing stands in for is an error
         try:
             examples, found = data.load_examples(few, tokenizer, split, pairs)
-            report.real.append(f"data.{split}: the first rows of {found.lines()[0]}")
+            report.real.append(f"{named}: the first rows of {found.lines()[0]}")
             report.real += [f"  left out: {line}" for line in data.bad_lines(found.dropped)]
             return spec, any(any(example.trained[:LENGTH]) for example in examples)
         except data.HubError as error:
-            reason = "not on this machine, and the hub was not reached"
-            if "Connection" not in str(error) and "offline" not in str(error).lower():
-                reason = str(error).splitlines()[0]
+            reason = "not on this machine, and the hub was not reached" if unreached(error) else str(error).splitlines()[0]
     else:
         reason = "your own file, not there"
     if kept:
-        report.stood_in.append(f"data.{split}, {spec}: {reason}; rows in its columns from {kept[0]}")
+        report.stood_in.append(f"{named}, {spec}: {reason}; rows in its columns from {kept[0]}")
         return str(kept[0]), True
     work.mkdir(exist_ok=True)
     made = work / f"{split}.jsonl"
     rows = list(_made_up(config.columns or {}))
     made.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.stood_in.append(f"data.{split}, {spec}: {reason}; made-up rows with the columns {', '.join(rows[0])}")
+    report.stood_in.append(f"{named}, {spec}: {reason}; made-up rows with the columns {', '.join(rows[0])}")
     return str(made), True
 
 

@@ -28,7 +28,8 @@ class Features:
     bias: bool = False
     embeddings: bool = False
     frozen: bool = False
-    """Whether weights of the base stand beside the adapter that it did not train: peft writes embeddings along that were resized."""
+    """Whether weights of the base stand beside the adapter that it did not train: peft writes embeddings along that were resized. (With `saved` they may be
+    those, or be tied to them.)"""
     experts: bool = False
     convolutions: bool = False
 
@@ -37,7 +38,7 @@ def features(file: AdapterFile) -> Features:
     """What an adapter uses, by its config and its tensors."""
     config, state = file.config, file.state
     saved = tuple(config.get("modules_to_save") or ())
-    trained = (".lora_", "trainable_tokens_delta", *(f".{name}." for name in saved))
+    trained = (".lora_", "trainable_tokens_delta")
     factors = {key: tensor for key, tensor in state.items() if key.endswith("lora_A.weight")}
     ranks = {tensor.shape[0] for tensor in factors.values()} or {config["r"]}
     return Features(
@@ -50,7 +51,7 @@ def features(file: AdapterFile) -> Features:
         tokens=bool(config.get("trainable_token_indices")),
         bias=config.get("bias", "none") != "none",
         embeddings=any(".lora_embedding_" in key for key in state),
-        frozen=any(not key.endswith(".bias") and not any(part in key for part in trained) for key in state),
+        frozen=not saved and any(not key.endswith(".bias") and not any(part in key for part in trained) for key in state),
         experts=bool(config.get("target_parameters")),
         convolutions=any(tensor.ndim > 2 for tensor in factors.values()),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from synthetic_results import SUITE
 
@@ -23,11 +25,16 @@ import peftkit.bench.suite as suite_module
 from peftkit.bench.baseline import Baseline, BaselineMethod, accept, baseline_json, load_baseline
 from peftkit.bench.cells import Record, Results, load_results, run_suite
 from peftkit.bench.gate import gate
+from peftkit.bench.measures import to_target
+from peftkit.bench.power import plan
+from peftkit.bench.records import _kind
 from peftkit.bench.report import markdown, notes, table, terminal
 from peftkit.bench.statistics import accuracy, difference, mean_over_seeds
 from peftkit.bench.suite import Suite, cells, load_suite
 from peftkit.cli import main
 from peftkit.config import ConfigError
+from peftkit.train import TrainingStopped
+from peftkit.tripwires import Tripwires
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +54,8 @@ if fails == "once" and not Path(fake["marker"]).exists():
 if fails == "memory": raise MemoryError
 if fails == "cuda": raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 if fails == "killed": os.kill(os.getpid(), signal.SIGKILL)
-if fails == "divergence": raise RuntimeError("non-finite loss (nan) or gradient norm (nan) at step 7")
+if fails == "divergence": raise RuntimeError("non-finite loss (nan) at step 7\\n(tripwire not_finite; `train.warn_only: [not_finite]` goes on all the same)")
+if fails == "stopped": sys.exit(143)
 if fails == "silent": sys.exit(0)
 if fails == "hang":
     Path(fake["marker"]).write_text(str(os.getpid()))
@@ -135,14 +143,14 @@ def simulate(rng, methods: dict[str, float], seeds: int = 3, examples: int = 200
 def test_a_suite_unfolds_into_methods_times_seeds():
     suite = Suite(
         name="s",
-        recipe={"methods": [{"lora": {"r": 8}}], "train": {"learning_rate": 0.1, "seed": 9}, "output_dir": "elsewhere"},
+        recipe={"methods": [{"lora": {"r": 8}}], "train": {"learning_rate": 0.1, "seed": 9, "save_every": 7}, "output_dir": "elsewhere"},
         methods={"lora": {}, "full": {"methods": [], "train": {"full_finetuning": True}}},
         seeds=[3, 4],
     )
     found = cells(suite)
     assert [(cell.method, cell.seed) for cell in found] == [("lora", 3), ("lora", 4), ("full", 3), ("full", 4)]
-    assert found[0].recipe == {"methods": [{"lora": {"r": 8}}], "train": {"learning_rate": 0.1, "seed": 3}}
-    assert found[3].recipe == {"methods": [], "train": {"learning_rate": 0.1, "full_finetuning": True, "seed": 4}}
+    assert found[0].recipe == {"methods": [{"lora": {"r": 8}}], "train": {"learning_rate": 0.1, "seed": 3, "save_every": 7}}
+    assert found[3].recipe == {"methods": [], "train": {"learning_rate": 0.1, "full_finetuning": True, "seed": 4, "save_every": 7}}
     assert suite.recipe["train"]["seed"] == 9  # the suite itself is left as it was
     assert len({cell.key for cell in found}) == 4
     assert found[3].folder == f"full-seed4-{found[3].key}"
@@ -251,6 +259,7 @@ def test_every_cell_runs_once_and_leaves_a_record(tmp_path, command):
         ("cuda", "out_of_memory", 1, "CUDA out of memory"),
         ("killed", "out_of_memory", -9, "loading the model"),
         ("divergence", "divergence", 1, "non-finite loss"),
+        ("stopped", "stopped", 143, "loading the model"),
         ("silent", "crash", 0, "result.json"),
         ("disagree", "crash", 0, "predictions.jsonl"),
     ],
@@ -264,6 +273,23 @@ def test_a_failure_is_recorded_by_kind_and_the_others_finish(tmp_path, command, 
     assert good.status == "done"
     assert "bad seed 0: FAILED" in console.file.getvalue() and bad.log in console.file.getvalue()
     assert load_results(tmp_path / "fake").failed == [bad]
+
+
+def test_what_the_tripwires_say_of_a_divergence_is_one():
+    """By the real messages: a loss that climbs under clipped gradients is no crash, and one that only warned is not why a run ended."""
+
+    def said(*losses: float) -> str:
+        wires = Tripwires(torch.nn.Linear(2, 2), {}, [], lambda text: None)
+        with pytest.raises(TrainingStopped) as stopped:
+            for step, loss in enumerate(losses):
+                wires.rising(loss, step)
+                wires.finite(loss, 1.0, step, list)
+        return str(stopped.value)
+
+    assert _kind(1, said(math.nan)) == _kind(1, said(*[1.0] * 5, *[9.0] * 10)) == "divergence"
+    warned: list[str] = []
+    Tripwires(torch.nn.Linear(2, 2), {}, ["not_finite"], warned.append).finite(math.nan, 1.0, 3, list)
+    assert "non-finite loss" in warned[0] and _kind(1, f"{warned[0]}\nKeyError: 'x'") == "crash"
 
 
 def test_a_traceback_is_kept_from_its_first_line_on(tmp_path, command):
@@ -394,7 +420,7 @@ def test_equal_methods_cannot_be_told_apart():
     rng = np.random.default_rng(2)
     a = {s: (rng.random(200) < 0.8).astype(int) for s in range(3)}
     same = difference(a, a)
-    assert (same.mean, same.low, same.high) == (0, 0, 0) and "cannot be told apart" in same.words("a", "b")
+    assert same.mean == 0 and -0.03 < same.low < 0 < same.high < 0.03 and "cannot be told apart" in same.words("a", "b")
     told = 0
     for _ in range(60):  # the same method under other seeds
         difficulty = np.clip(rng.normal(0.8, 0.2, 200), 0, 1)
@@ -447,7 +473,7 @@ def test_markdown_holds_failures_differences_and_origin():
     )  # fmt: skip
     text = markdown(results)
     assert "| weak | 2 done, 1 FAILED |" in text and "| dora | 0 done, 1 FAILED |" in text
-    assert "dora seed 0: FAILED (out of memory, exit code 1): RuntimeError: boom \\| &lt;b> (log: log.txt)" in text
+    assert "dora seed 0: FAILED (out of memory, exit code 1): RuntimeError: boom \\| &lt;b> (log: log.txt; it is not run again" in text
     assert "lora and full cannot be told apart" in text and "weak is 75.0 points worse than full" in text
     assert "dora cannot be compared with full: dora has no finished seed" in text
     assert "commit abcdef012345 with changes; machine: cores 2; versions: torch 2.13." in text
@@ -627,3 +653,64 @@ def test_sources_mixed_in_and_folders_are_inputs_of_a_cell(tmp_path):
         before = changed
     (tmp_path / "rows" / "b.jsonl").write_text("{}")
     assert len(keys_module.inputs(recipe)) == 3
+
+
+# --- what a report must not leave unsaid --------------------------------------------------------------------------------------
+
+
+def test_both_always_wrong_is_no_certainty():
+    """All differences are zero, so their spread is; that 200 examples showed none does not make the interval a point."""
+    none = {seed: [0] * 200 for seed in range(3)}
+    found = difference(none, none)
+    assert found.mean == 0 and -0.05 < found.low < 0 < found.high < 0.05 and found.p == 1
+    assert "every example had the same outcome under both" in plan(found).words()
+    always = difference({seed: [1] * 200 for seed in range(3)}, none)
+    assert always.mean == always.high == 1 and 0.9 < always.low < 1 and always.p < 0.001
+
+
+def test_runs_that_failed_did_not_reach_the_target_loss():
+    """The seeds that got through are the luckier ones: their mean alone would look too fast."""
+    curve = [[step, 1 / step, float(step)] for step in range(1, 20)]
+    cells = [record("lora", seed, [1], curve=curve) for seed in range(2)]
+    cells += [record("loraplus", 0, [1], curve=curve), failed("loraplus", 1, "divergence")]
+    lora, plus = to_target(results_of(*cells), 0.2)
+    assert lora.steps is not None and plus.steps is None and plus.seconds is None
+    assert plus.words().endswith("; 1 failed") and "1 of 2 seeds reached" in plus.words()
+
+
+def test_the_reference_stays_the_first_method_of_the_suite():
+    cells = [record("dora", seed, [1, 0, 1, 1]) for seed in range(2)]
+    results = results_of(*cells, order=["lora", "dora"])
+    assert list(results.methods) == ["lora", "dora"] and results.methods["lora"] == []
+    assert "dora cannot be compared with lora: lora has no finished seed" in notes(results)
+    assert "lora" in markdown(results)
+
+
+def test_published_numbers_stand_in_every_report():
+    published = [{"method": "lora", "task": "", "metric": "alpaca_eval", "value": 0.2671, "source": "a paper"}]
+    results = results_of(record("lora", 0, [1, 0]), published=published)
+    assert "Published for lora: alpaca_eval 0.2671 (a paper)." in notes(results)
+    suite = Suite(name="s", recipe={}, methods={"lora": {}}, seeds=[0], published=[published[0] | {"method": "lara"}])
+    assert [text for _, text in suite_module._inconsistent(suite)] == ["no method of this suite: 'lara'; did you mean 'lora'? (it has: lora)"]
+
+
+def test_cells_of_several_machines_are_said():
+    cells = [record("lora", 0, [1, 0], machine={"gpu": "A100"}), record("lora", 1, [1, 0], machine={"gpu": "H100"})]
+    assert any("2 kinds of machines" in line and "1 cells of lora on gpu H100" in line for line in notes(results_of(*cells)))
+    assert not any("kinds of machines" in line for line in notes(results_of(*cells[:1])))
+
+
+def test_losses_are_not_called_accuracy():
+    cells = [record("lora", seed, [], after={"loss": 0.5 + seed}, before={"loss": 3.0}) for seed in range(2)]
+    text = markdown(results_of(*cells, metric="loss", higher_better=False))
+    assert "| loss (95% interval) |" in text and "accuracy" not in text
+
+
+def test_the_gate_fails_where_cells_were_not_run():
+    results = simulate(np.random.default_rng(0), {"lora": 0.8})
+    baseline = accept(results)
+    assert all(verdict.passed for verdict in gate(results, baseline))
+    cut = gate(results.model_copy(update={"unfinished": 2}), baseline)
+    assert [verdict.words for verdict in cut if not verdict.passed] == ["2 cells were not run, as the time was over: run the suite to its end"]
+    fewer = gate(results.model_copy(update={"cells": results.cells[:2]}), baseline)
+    assert "(2 seeds, the baseline 3)" in fewer[0].words

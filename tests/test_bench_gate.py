@@ -216,7 +216,7 @@ def test_sensitivity_compares_runs_of_the_same_length():
     assert np.isinf(edge.higher) and "it diverged" in edge.words() and not edge.at_edge
     only_loss = [tried(rate, 0, after={"loss": loss}) for rate, loss in ((1e-3, 0.5), (3e-3, 0.4), (9e-3, 0.9))]
     (by_loss,) = sensitivity(results_of(*only_loss))
-    assert by_loss.best_rate == 3e-3 and by_loss.higher == pytest.approx(0.5) and "it loses 0.5000 of loss" in by_loss.words()
+    assert by_loss.best_rate == 3e-3 and by_loss.higher == pytest.approx(0.5) and "its loss is 0.5000 higher" in by_loss.words()
     assert sensitivity(results_of(record("lora", 0, [1]))) == []
 
 

@@ -25,7 +25,7 @@ from peftkit.bench.launch import Submitit
 from peftkit.bench.own import Plan, own_suite, plan, seconds_of
 from peftkit.bench.records import Record
 from peftkit.bench.search import best, held_out
-from peftkit.bench.suite import Suite, cells, find_suite, load_suite, merge, timing_cells
+from peftkit.bench.suite import SAVE_EVERY, Suite, cells, find_suite, load_suite, merge, timing_cells
 from peftkit.cli import main
 from peftkit.config import ConfigError, read_yaml
 
@@ -42,8 +42,9 @@ fake, train, folder = recipe["fake"], recipe["train"], Path(recipe["output_dir"]
 rate, steps = train.get("learning_rate", 0.01), train.get("max_steps", 10)
 with open(fake["log"], "a") as log: log.write(f"{cell.parent.name.rsplit('-', 1)[0]} {steps}{' resumed' if resume else ''}\\n")
 if rate >= fake.get("diverges", 9):
-    raise RuntimeError("non-finite loss (nan) at step 2")
+    raise RuntimeError("non-finite loss (nan) at step 2\\n(tripwire not_finite; `train.warn_only: [not_finite]` goes on all the same)")
 if fake.get("full_at") == steps: raise MemoryError
+if fake.get("full_finetuning_fails") and train.get("full_finetuning"): raise MemoryError
 if not resume: folder.mkdir(parents=True)
 (folder / "recipe.yaml").write_text("{}")
 state = folder / "checkpoints" / "step"
@@ -54,7 +55,8 @@ with (folder / "metrics.jsonl").open("a", buffering=1) as metrics:
         if step == fake.get("hang") and not resume:
             Path(fake["marker"]).write_text(str(os.getpid()))
             time.sleep(100)
-        print(json.dumps({"step": step, "loss": 1 / step, "seconds": step / 2.0}), file=metrics)
+        if step == fake.get("stops") and not resume: sys.exit(143)
+        print(json.dumps({"step": step, "loss": math.nan if step == fake.get("nan_at") else 1 / step, "seconds": step / 2.0}), file=metrics)
         if step % 2 == 0: print(json.dumps({"step": step, "eval_loss": 2 / step}), file=metrics)
         state.write_text(str(step))
 loss = abs(math.log10(rate / fake.get("best", 0.01))) + 1 / steps
@@ -127,6 +129,7 @@ def test_a_cell_saves_on_the_way_unless_its_recipe_says_otherwise():
     assert train()["save_every"] == 10
     assert train(save_every=None)["save_every"] is None and train(save_every=7)["save_every"] == 7
     assert "save_every" not in train(eval_every=5)  # which saves the best
+    assert train(max_steps=None, num_epochs=3)["save_every"] == SAVE_EVERY  # how many steps that is shows later
 
 
 @pytest.mark.parametrize(
@@ -380,6 +383,25 @@ def test_a_method_that_fails_before_its_cells_is_recorded_and_the_others_go_on(t
         results = load_results(tmp_path / name)
         assert {record.method for record in results.failed} == {"broken"} and all(record.kind == "crash" for record in results.failed)
         assert [record.status for record in results.methods["good"]] == ["done"]
+        assert list(results.methods) == ["broken", "good"]  # the reference stays the reference
+    suite = stand_in.suite(name="seeds", methods=methods, budget={"tokens": 1200}, seeds=[0, 1, 2])
+    stand_in.run(suite, tmp_path)
+    assert [record.seed for record in load_results(tmp_path / "seeds").methods["broken"]] == [0, 1, 2]
+
+
+def test_a_cell_that_was_told_to_stop_goes_on_from_what_it_saved(tmp_path, stand_in):
+    """SIGTERM: the run saves a checkpoint and exits with 143; that is no crash, which would start anew."""
+    suite = stand_in.suite(methods={"m": {"fake": {"stops": 4}}})
+    (record,) = stand_in.run(suite, tmp_path)
+    assert (record.status, record.kind, record.exit_code) == ("failed", "stopped", 143)
+    (record,) = stand_in.run(suite, tmp_path)
+    assert record.status == "done" and stand_in.started == ["m-seed0 10", "m-seed0 10 resumed"]
+    assert [step for step, *_ in record.curve] == list(range(1, 11))
+
+
+def test_a_step_that_was_not_taken_is_in_no_curve(tmp_path, stand_in):
+    (record,) = stand_in.run(stand_in.suite(methods={"m": {"fake": {"nan_at": 4}}}), tmp_path)
+    assert record.status == "done" and [step for step, *_ in record.curve] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
 
 
 # --- the search for learning rates --------------------------------------------------------------------------------------------
@@ -570,6 +592,9 @@ def test_methods_take_the_place_of_the_recipes_own(tmp_path):
     assert swept.rates_of("lora") == pytest.approx([1e-3 / 3, 1e-3, 3e-3]) and swept.rates_of("full")[1] == pytest.approx(1e-4)
     path.write_text(OWN_RECIPE.replace("[loss, exact_match]", "[loss]"))
     assert own_suite(str(path), ["lora"], 1, [0.1], False).metric == "loss"
+    path.write_text(OWN_RECIPE.replace("max_steps: 4", "max_steps: 4, full_finetuning: true").replace("methods: [{lora", "methods: [] # [{lora"))
+    trained = own_suite(str(path), ["full", "lora"], 1, None, False)  # the recipe's rate is full finetuning's
+    assert trained.recipe_of("", "full")["train"]["learning_rate"] == 1e-3 and trained.recipe_of("", "lora")["train"]["learning_rate"] == pytest.approx(1e-2)
     with pytest.raises(ConfigError, match="unknown method 'dra'; did you mean 'dora'"):
         own_suite(str(path), ["dra"], 1, None, False)
 
@@ -591,7 +616,7 @@ def first(wall: float, steps: int, training: float) -> Record:
 
 def test_a_plan_takes_what_fits():
     record = first(30.0, 100, 20.0)
-    plans = [plan(record, 4, budget, 1, None, None) for budget in (10_000, 900, 400, 60)]
+    plans = [plan(record, 4, budget - 30, 1, None, None) for budget in (10_000, 900, 400, 60)]
     assert [(each.rates, each.seeds) for each in plans] == [(3, 3), (1, 3), (1, 1), (1, 1)]
     assert all(each.seconds <= budget - 30 for each, budget in zip(plans[:3], (10_000, 900, 400), strict=True))
     assert plans[0].cells == 12 + 8 + 12 and plans[0].rungs == (25, 50)
@@ -624,6 +649,33 @@ def test_a_recipe_and_a_time_are_enough(tmp_path, stand_in, monkeypatch, capfd):
     assert len(stand_in.started) == count
     assert yaml.safe_load(Path("runs/bench/mine-methods/suite.yaml").read_text())["search"]["rungs"] == [1, 2]
     assert exit_code("bench", "run", "runs/bench/mine-methods/suite.yaml") == 0 and len(stand_in.started) == count
+
+
+def test_several_rates_without_a_time_are_tried_for_parts_of_the_recipes_own_steps(tmp_path, stand_in, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peftkit.bench.cells.peftkit_run", stand_in)
+    monkeypatch.setattr("peftkit.bench.suite._check", lambda suite, source: None)
+    monkeypatch.setattr("peftkit.bench.cells.timing_cells", lambda suite: [])
+    Path("mine.yaml").write_text(OWN_RECIPE + f"fake: {{log: {stand_in.log}, best: 0.001}}\n")
+    assert exit_code("bench", "run", "--recipe", "mine.yaml", "--methods", "lora,dora", "--learning-rates", "1e-3,1e-2", "--seeds", "1") == 0
+    assert {steps for *_, steps in (line.split() for line in stand_in.started)} == {"1", "2", "4"}
+
+
+def test_a_time_is_reckoned_from_the_first_method_that_gets_through(tmp_path, stand_in, monkeypatch, capfd):
+    """Without optuna the command stops before it trains; a method that does not fit is a row of the report, not the end of the others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peftkit.bench.cells.peftkit_run", stand_in)
+    monkeypatch.setattr("peftkit.bench.suite._check", lambda suite, source: None)
+    monkeypatch.setattr("peftkit.bench.cells.timing_cells", lambda suite: [])
+    arguments = ("bench", "run", "--recipe", "mine.yaml", "--methods", "full,lora", "--budget", "1h")
+    Path("mine.yaml").write_text(OWN_RECIPE + f"fake: {{log: {stand_in.log}, best: 0.001, full_finetuning_fails: true}}\n")
+    with monkeypatch.context() as without:
+        without.setattr("peftkit.bench.search.find_spec", lambda name: None)
+        assert exit_code(*arguments) == 2 and "optuna, which is not installed" in capfd.readouterr().err and not stand_in.started
+    assert exit_code(*arguments) == 1
+    results = load_results("runs/bench/mine-methods")
+    assert {name: {record.status for record in records} for name, records in results.methods.items()} == {"full": {"failed"}, "lora": {"done"}}
+    assert "plan: 3 learning rates each" in capfd.readouterr().err
 
 
 def test_wrong_usage_of_bench_run(tmp_path, monkeypatch, capfd):

@@ -122,6 +122,23 @@ def test_check_imports_neither_peft_nor_bitsandbytes(tmp_path):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("said", ["nobody/nothing is not a valid model identifier", "Unrecognized model in nobody/nothing"])
+def test_what_the_hub_does_not_have_is_an_error_and_what_cannot_be_reached_is_not(said, tmp_path, monkeypatch):
+    """A name that is misspelt, a licence not accepted, a type that transformers does not know: `run` would stop there."""
+
+    def refuse(name, *_):
+        try:
+            raise ValueError(said)
+        except ValueError as error:
+            raise ConfigError(f"model: cannot load the config of {name!r}: {said}") from error
+
+    monkeypatch.setattr("peftkit.check.load_config", refuse)
+    with pytest.raises(ConfigError, match=said):
+        check(recipe(tmp_path, model={"name": "nobody/nothing"}))
+    monkeypatch.undo()
+    assert "the hub was not reached" in text(check(recipe(tmp_path, model={"name": "nobody/nothing"})))  # tests run without the hub
+
+
 def test_what_the_run_would_have_no_room_for_is_refused(tmp_path, monkeypatch):
     """The trap: hours of training whose checkpoint the disk cannot hold."""
     usage = SimpleNamespace(total=10**9, used=10**9 - 2**20, free=2**20)

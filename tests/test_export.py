@@ -201,7 +201,7 @@ def test_an_embedding_resized_for_new_tokens_is_seen(tmp_path):
 
 def test_options_that_do_nothing_are_said(tmp_path, capsys):
     _, adapter = made(tmp_path, "lora")
-    assert "--dtype is of merged models, and did nothing" in str(exported(adapter, tmp_path, "vllm"))
+    assert "--dtype is of the base, and did nothing" in str(exported(adapter, tmp_path, "vllm"))
     with pytest.raises(SystemExit) as stopped:
         main(["export", adapter, "--form", "plain", "--rank", "4"])
     assert stopped.value.code == 2 and "--form, --rank: of what is written; give a FOLDER and --for SERVER" in capsys.readouterr().err
@@ -220,9 +220,15 @@ def test_the_lines_to_serve_by(tmp_path):
 
 
 def test_a_quantised_base_is_noted(tmp_path):
-    _, adapter = made(tmp_path, "lora")
-    report = export(adapter, str(tmp_path / "out"), "vllm", model="builtin:tiny", quantize="nf4")
-    assert "trained on a base in nf4" in str(report)
+    """By what it was trained on, whatever --quantize says."""
+    model, _ = pk.load("builtin:tiny", quantize="nf4")
+    pk.attach(model, METHODS["lora"])
+    pk.save_adapter(model, tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    assert "trained on a base in nf4" in str(export(adapter, str(tmp_path / "out"), "vllm"))
+    (tmp_path / "plain").mkdir()
+    said = str(export(made(tmp_path / "plain", "lora")[1], str(tmp_path / "other"), "vllm", quantize="nf4"))
+    assert "trained on a base" not in said and "--quantize is of the base, and did nothing" in said
 
 
 def test_the_command(tmp_path, capsys):

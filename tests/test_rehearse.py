@@ -139,6 +139,21 @@ def test_a_model_that_is_nowhere_names_the_file_to_keep(tmp_path):
     assert any("no chat template" in line for line in report.stood_in)
 
 
+def test_evaluations_between_and_sets_of_the_hub_are_rehearsed(tmp_path):
+    """The log then has lines without a training loss; what a recipe forgets is measured on rows that stand in."""
+    rows = "train: {max_steps: 2, eval_every: 1}\neval: {metrics: [loss], retained: [nobody/rows]}"
+    recipe = write(tmp_path, OWN_WORDS.replace("rows.jsonl", "rows.jsonl, holdout: 0.3").replace("train: {max_steps: 2}", rows))
+    report = rehearse(recipe)
+    assert "3 steps, loss" in report.did[0]
+    assert any(line.startswith("eval.retained, nobody/rows: not on this machine") for line in report.stood_in)
+
+
+def test_trackers_are_told_nothing(tmp_path):
+    pytest.importorskip("tensorboard")
+    report = rehearse(write(tmp_path, OWN_WORDS.replace("max_steps: 2", "max_steps: 2, report_to: [tensorboard]")))
+    assert "trackers: tensorboard is told nothing" in report.stood_in and report.result.recipe["train"]["report_to"] == []
+
+
 def test_rows_are_made_up_in_the_columns_that_the_recipe_names(tmp_path):
     recipe = write(tmp_path, OWN_WORDS.replace("rows.jsonl", "nobody/rows:train, columns: {instruction: ask, output: tell}, holdout: 0.1"))
     recipe.write_text(recipe.read_text().replace(str(tmp_path) + "/", ""))

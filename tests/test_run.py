@@ -23,7 +23,9 @@ from peftkit.config import ConfigError
 from peftkit.data import DataOrder, Example, collate
 from peftkit.loss import TokenLoss
 from peftkit.optim import build_optimizer
+from peftkit.quant import quantized_modules
 from peftkit.train import TrainConfig, TrainingStopped, enable_checkpointing, train
+from peftkit.use import find_origin, load_for
 
 
 def recipe(folder: Path, **train_options) -> dict:
@@ -235,8 +237,10 @@ def test_full_finetuning_saves_a_model(tmp_path):
     weights = load_file(tmp_path / "full/model/model.safetensors")
     base, _ = pk.load("builtin:tiny", dtype="float32")
     assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"].float(), base.model.layers[0].mlp.up_proj.weight)
-    with pytest.raises(ConfigError, match="was finetuned in full and has no adapter; its model is .*full/model: give that as --model"):
+    with pytest.raises(ConfigError, match=r"was finetuned in full and has no adapter; its model is .*full/model, a plain one"):
         find_origin(str(tmp_path / "full"))
+    assert quantized_modules(load_for(str(tmp_path / "full"), [], None, "nf4")[1])
+    assert load_for(str(tmp_path / "full"), [], "none")[1].dtype == torch.float32  # as the run had it before training
     (tmp_path / "full/model").rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="holds no folder model, where a run that trains all parameters saves them"):
         load_for(str(tmp_path / "full"), [], None)  # a path that is not there would be looked up as a hub id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import peftkit as pk
 from peftkit.chat import Chat
 from peftkit.config import ConfigError
 from peftkit.evaluate import generate_answers, stream_answer
-from peftkit.use import prompt_ids, template_ids
+from peftkit.use import answers, find_origin, load_adapted, prompt_ids, room, score_tasks, template_ids
 
 QUESTION = "Copy these words: red seven home"
 
@@ -152,3 +153,44 @@ def test_typed_lines_end_with_the_input(monkeypatch):
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert list(_typed()) == ["one", "two"]
+
+
+# --- one answer ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_ends_where_the_models_positions_do(adapted):
+    """Beyond them GPT-2 has no row for a position, and a rotary model makes noise: neither is left to the library."""
+    model, _ = adapted
+    longest = model.config.max_position_embeddings
+    assert room(model, [1] * 10, 5) == 5 and room(model, [1] * (longest - 3), 128) == 3
+    with pytest.raises(ConfigError, match=f"the prompt has {longest} tokens and the model reads {longest}"):
+        room(model, [1] * longest, 1)
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        room(model, [], 1)
+    with pytest.raises(ConfigError, match="the model reads"):
+        answers("word " * longest, None, "builtin:tiny", None, 8)
+
+
+def test_the_base_and_attention_of_an_adapter_are_those_it_was_trained_with(tmp_path):
+    """Taken out of its run: the config names where builtin:tiny lay on that machine."""
+    rows = {"train": "builtin:copy/train", "train_rows": 8}
+    made = {"model": {"name": "builtin:tiny", "attention": "eager"}, "methods": ["lora"], "data": rows, "train": {"max_steps": 1, "batch_size": 2}}
+    pk.run(made | {"output_dir": str(tmp_path / "run")})
+    assert find_origin(str(tmp_path / "run")).attention == "eager"
+    moved = (tmp_path / "run" / "adapter").rename(tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/another/machine/peftkit/builtin/tiny"}))
+    origin = find_origin(str(moved))
+    assert (origin.model, origin.attention) == ("builtin:tiny", "eager")
+    assert load_adapted(origin)[0].config._attn_implementation == "eager"
+
+
+def test_options_of_data_are_refused_where_the_harness_brings_its_own(tmp_path):
+    with pytest.raises(ConfigError, match=r"data.eval=x: --tasks brings data"):
+        score_tasks("quickstart", ["data.eval=x"], None, tasks=["arc_easy"])
+
+
+def test_a_closed_input_is_an_empty_one():
+    command = f"{sys.executable} -m peftkit chat --model builtin:tiny <&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "/help lists the commands" in done.stdout, done.stderr

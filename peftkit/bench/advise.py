@@ -142,7 +142,7 @@ def _nearest(found: list[Evidence], parameters: int) -> Evidence:
 
 def _contenders(results: Results) -> tuple[str, dict[str, Comparison | None]]:
     """The best method by its mean, and the methods that cannot be told apart from it (itself: None), those with failed cells left out."""
-    whole = {name: records for name, records in results.methods.items() if all(r.status == "done" for r in records)}
+    whole = {name: records for name, records in results.methods.items() if records and all(r.status == "done" for r in records)}
     means = {name: found.mean for name, records in whole.items() if (found := score(records, results.metric, task_names(results)))}
     if not means:
         return "", {}

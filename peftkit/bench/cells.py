@@ -127,7 +127,7 @@ def _steps(suite: Suite, runner: Runner, code: Code, rates: dict[tuple[str, str]
         record = runner.record(cell)
         planned.probes.add(cell.folder)
         if record.status == "failed":  # as its final cells would
-            planned.lost.append(record.model_copy(update={"stage": "final"}))
+            planned.lost += [record.model_copy(update={"stage": "final", "seed": seed}) for seed in suite.seeds_of(method)]
             return None
         of_step, allowed = (record.train["tokens"], budget.tokens) if budget.tokens else (record.train["seconds"], budget.seconds)
         assert allowed is not None

@@ -215,6 +215,9 @@ def _learning_rates(results: Results, task: str, suffix: str) -> Figure:
         if marks:
             charts.append(Chart(method, "; ".join(told), x, y, [Series(method, style, marks, lines)]))
     note = "Hollow: shorter runs that chose the rate, joined where they have the same number of steps. Filled: final runs; their whiskers reach over the seeds."
+    if metric != results.metric:
+        judged = next((each.judged_by for each in results.search if each.task == task), "rows of their own")
+        note += f" Not of one set: the loss of the hollow ones is over {judged}, that of the filled ones over the evaluation set."
     return Figure(f"learning-rates{suffix}", title, note, charts, small=True)
 
 
@@ -261,7 +264,7 @@ def mean_curve(curves: Sequence[Sequence[Span]]) -> list[Span]:
     """The mean where all curves run; between the steps that one has (seeds of a token budget log at steps of their own) it goes on in a straight line."""
     first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     steps = sorted({step for curve in curves for step, _ in curve if first <= step <= last})
-    values = [np.interp(steps, *zip(*curve, strict=True)) for curve in curves]
+    values = [np.interp(steps, [step for step, _ in curve], [value for _, value in curve]) for curve in curves]
     return [(step, float(value)) for step, value in zip(steps, np.mean(values, axis=0), strict=True)] if steps else list(curves[0])
 
 

@@ -108,6 +108,8 @@ def gate(results: Results, baseline: Baseline, margin: float | Margins = MARGIN)
             raise ConfigError(f"baseline: {what} is {theirs!r}, but the results are of {what} {ours!r}: they cannot be compared")
     margins = margin if isinstance(margin, Margins) else Margins(margin)
     verdicts = _accuracies(results, baseline, margins.accuracy)
+    if results.unfinished:
+        verdicts.append(Verdict(ALL, False, None, None, None, f"{results.unfinished} cells were not run, as the time was over: run the suite to its end"))
     elsewhere = "; another machine than the baseline's" if baseline.machine and baseline.machine != results.machine else ""
     for method, expected in baseline.timing.items():
         verdicts += _step(method, expected, results, margins, elsewhere)
@@ -163,6 +165,8 @@ def _accuracy(
     mean, worse = float(values.mean()), -1.0 if of.lower_is_better else 1.0
     limit = expected.accuracy - worse * allowed
     said = f"{of.number(mean - expected.accuracy)} {of.unit}; {of.number(-worse * allowed)} are within margin and noise"
+    if len(done) < len(expected.seed_accuracies):
+        said += f" ({len(done)} seed{'s' * (len(done) > 1)}, the baseline {len(expected.seed_accuracies)})"
     if drop.mean > allowed:
         return verdict(False, f"{'above' if of.lower_is_better else 'below'} the baseline: {said}", mean, limit), drop
     if failed:

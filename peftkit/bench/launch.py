@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from abc import ABC, abstractmethod
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from peftkit.config import ConfigError
 
 ENDED = -15
-"""Exit code of a cell whose job the cluster ended, at its time limit say: started again, it goes on from its checkpoint."""
+"""Exit code of a cell whose job the cluster ended, at its time limit say: one of `records.STOPPED`, so it goes on from its checkpoint."""
 
 
 class Running(Protocol):
@@ -99,6 +100,14 @@ class _Job:
 
 
 def run_here(command: list[str], log: str, folder: str) -> int:
-    """What a job of the cluster does: the command, in the folder that it was given in; its exit code."""
-    with Path(log).open("wb") as file:
+    """What a job of the cluster does: the command, in the folder that it was given in; its exit code.
+
+    It holds a lock of the cell's folder meanwhile, and waits for it: where the harness was killed, the job it had started may still run.
+    """
+    with Path(log).with_name("job.lock").open("w") as lock, Path(log).open("wb") as file:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            file.write(f"warning: this disk has no locks ({error}), so nothing would keep a second job out of this folder\n".encode())
+            file.flush()
         return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode

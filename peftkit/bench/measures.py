@@ -25,10 +25,11 @@ class Reached:
 
     seed: int
     step: int | None
-    """None: not by the end."""
+    """None: not by the end, or not at all, as the run failed."""
     seconds: float | None
     last_step: int
     """The last that was logged."""
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class ToTarget:
             return f"{name}: no run logged its {self.loss}"
         reached = [run for run in self.runs if run.step is not None]
         start = f"{name}: {len(reached)} of {len(self.runs)} seeds reached {self.loss} {self.target_loss:g}"
-        censored = [run for run in self.runs if run.step is None]
+        censored = [run for run in self.runs if run.step is None and not run.failed]
         late = f"; {len(censored)} had not by step {max(run.last_step for run in censored)}" if censored else ""
+        failed = sum(run.failed for run in self.runs)
+        late += f"; {failed} failed" if failed else ""
         if not reached:
             return start + late
         steps, seconds = self.steps, self.seconds
@@ -78,6 +81,8 @@ def to_target(results: Results, target_loss: float) -> list[ToTarget]:
         loss = "evaluation loss" if evaluated else f"training loss (mean of {WINDOW} logged steps)"
         for method, records in runs.items():
             reached = [_reached(record, target_loss, evaluated) for record in records.values() if record.evaluations or record.curve]
+            failed = [record for record in results.methods[method] if record.task == task and record.status == "failed"]
+            reached += [Reached(record.seed, None, None, 0, failed=True) for record in failed]
             found.append(ToTarget(method, task, target_loss, loss, reached))
     return found
 
@@ -199,6 +204,8 @@ def _loss_words(lost: float | None, m: Measure) -> str:
         return "nothing was measured"
     if np.isinf(lost):
         return "it diverged"
+    if m.lower_is_better:
+        return f"its {m.unit.removeprefix('of ')} is {m.number(abs(lost), sign=False)} {'higher' if lost >= 0 else 'lower'}"
     return f"it {'loses' if lost >= 0 else 'gains'} {m.number(abs(lost), sign=False)} {m.unit}"
 
 

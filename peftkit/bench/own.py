@@ -23,9 +23,10 @@ COMPOSED: dict[str, dict[str, Any]] = {
     "pissa": {"methods": [{"lora": {"init": "pissa"}}]},
 }
 """Methods under names of their own, beside those of the registry and their sums (`lora+neftune`)."""
-FULL_RATE = 0.1  # of the adapters' learning rate, where full finetuning is given none
+FULL_RATE = 0.1  # full finetuning's learning rate over that of adapters, where the recipe gives the other's
 SPREAD = (1 / 3, 1.0, 3.0)  # of the recipe's learning rate: what is searched
-SEEDS, FEWEST = 3, 1
+SEEDS = 3
+SEARCH_SEED = 1000  # no final cell's, and the same for every plan: a longer budget goes on with the searches of a shorter one
 PLANS = ((3, 3), (1, 3), (3, 2), (1, 2), (3, 1), (1, 1))  # (learning rates, seeds), the best first
 
 
@@ -44,14 +45,17 @@ def own_suite(path: str, names: Sequence[str], seeds: int, rates: Sequence[float
         raise ConfigError(f"{path}: eval.metrics: nothing in {metrics} can be compared (one of {', '.join(METRICS)})")
     content: dict[str, Any] = {"name": f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', Path(path).stem).lstrip('_.+-') or 'own'}-methods", "recipe": recipe}
     content |= {"methods": methods, "seeds": list(range(seeds)), "metric": metric, "timing": Timing().model_dump()}
-    own = (recipe.get("train") or {}).get("learning_rate", 2.0e-4)
+    train = recipe.get("train") or {}
+    own, full = train.get("learning_rate", 2.0e-4), bool(train.get("full_finetuning"))
+    middle = {name: own if (name == "full") == full else own * FULL_RATE if name == "full" else own / FULL_RATE for name in methods}
     if rates or searched:
-        grid = list(rates) if rates else [own * factor for factor in SPREAD]
-        content["learning_rates"] = {name: [rate * (FULL_RATE if name == "full" and not rates else 1.0) for rate in grid] for name in methods}
+        content["learning_rates"] = {name: list(rates) if rates else [middle[name] * factor for factor in SPREAD] for name in methods}
         for changes in methods.values():
             changes.get("train", {}).pop("learning_rate", None)
-    elif "full" in methods:
-        methods["full"]["train"]["learning_rate"] = own * FULL_RATE
+    else:
+        for name in methods:
+            if middle[name] != own:
+                methods[name]["train"] = methods[name].get("train", {}) | {"learning_rate": middle[name]}
     return Suite(**content)
 
 
@@ -121,14 +125,14 @@ def clock(seconds: float) -> str:
 
 
 def plan(first: Record, methods: int, budget: float, jobs: int, seeds: int | None, rates: int | None) -> Plan:
-    """The best of PLANS that fits, else the smallest; `seeds` and `rates` are what the user has set.
+    """The best of PLANS that fits into `budget` seconds, else the smallest; `seeds` and `rates` are what the user has set.
 
     Reckoned from the first cell: a run takes the seconds beside training that it took, and its seconds per step; step times of methods differ, so a
     quarter is added.
     """
     steps = first.train["steps"]
     beside, per_step = max(first.wall_seconds - first.train["seconds"], 0.0), first.train["seconds"] / steps
-    rungs = tuple(sorted({max(steps // 4, 1), max(steps // 2, 1)}))
+    rungs = rungs_of(steps)
 
     def sized(r: int, s: int) -> Plan:
         tried = methods * r if r > 1 else 0
@@ -139,12 +143,17 @@ def plan(first: Record, methods: int, budget: float, jobs: int, seeds: int | Non
         return Plan(r, s, tried + again + methods * s, 1.25 * ((searching + final) / jobs + alone), rungs)
 
     wanted = [sized(rates or r, seeds or s) for r, s in PLANS]
-    return next((each for each in wanted if each.seconds <= budget - first.wall_seconds), min(wanted, key=lambda each: each.seconds))
+    return next((each for each in wanted if each.seconds <= budget), min(wanted, key=lambda each: each.seconds))
+
+
+def rungs_of(steps: int) -> tuple[int, ...]:
+    """The steps for which learning rates are tried where runs have so many: a quarter, and half for those that keep up."""
+    return tuple(sorted({max(steps // 4, 1), max(steps // 2, 1)}))
 
 
 def searching(suite: Suite, rungs: Sequence[int]) -> Suite:
-    """The suite with the rungs of a plan, and search seeds that no final cell has."""
-    return suite.model_copy(update={"search": Search(rungs=list(rungs), seeds=[max(suite.seeds) + 100])})
+    """The suite with its rungs and a search seed that no final cell has."""
+    return suite.model_copy(update={"search": Search(rungs=list(rungs), seeds=[SEARCH_SEED])})
 
 
 def checked(suite: Suite, folder: Path) -> Suite:

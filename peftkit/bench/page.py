@@ -22,7 +22,7 @@ from peftkit.bench.compare import compare, task_names
 from peftkit.bench.overview import comparisons_by_task, done, in_one_sentence, percent_or_number, score
 from peftkit.bench.palette import DARK, GREY, LIGHT, MUTED, PAGE, TEXT
 from peftkit.bench.records import Record, Results
-from peftkit.bench.report import Row, columns_and_rows, notes, table
+from peftkit.bench.report import SCORE, Row, columns_and_rows, heading, notes, table
 from peftkit.bench.statistics import mean_over_seeds
 from peftkit.bench.svg import legend, marker, render
 from peftkit.config import dump_yaml
@@ -71,27 +71,30 @@ class Cell:
 
 NUMBERS = {
     "before": lambda row: row.before,
-    "accuracy (95% interval)": lambda row: row.accuracy and row.accuracy.mean,
+    SCORE: lambda row: row.accuracy and row.accuracy.mean,
     "forgetting, points (95% interval)": lambda row: row.forgetting and row.forgetting.mean,
     "step time, x frozen base": lambda row: row.step_ratio,
     "tokens/s": lambda row: row.tokens_per_second and row.tokens_per_second.mean,
     "peak memory, MiB": lambda row: row.peak_memory_bytes and row.peak_memory_bytes.mean,
     "trainable parameters": lambda row: row.trainable_parameters,
     "adapter, KiB": lambda row: row.adapter_bytes,
+    "energy of training, kJ": lambda row: row.energy_joules and row.energy_joules.mean,
 }
-HIGH_FIRST = ("before", "accuracy (95% interval)", "tokens/s")
+HIGH_FIRST = ("before", SCORE, "tokens/s")
 
 
 def _columns(results: Results) -> list[dict[str, str]]:
     """The headers; accuracy comes first, because a phone shows no more than that beside the names."""
     high = HIGH_FIRST if results.higher_better else ("tokens/s",)
-    columns = [{"name": _short(name), "kind": "number", "first": "descending" if name in high else "ascending"} for name in _measured(results)]
+    columns = [
+        {"name": _short(heading(name, results.metric)), "kind": "number", "first": "descending" if name in high else "ascending"} for name in _measured(results)
+    ]
     return [{"name": "method", "kind": "text", "first": "ascending"}, *columns]
 
 
 def _measured(results: Results) -> list[str]:
     names, _ = columns_and_rows(results)
-    return sorted((name for name in names if name in NUMBERS), key=lambda name: not name.startswith("accuracy"))
+    return sorted((name for name in names if name in NUMBERS), key=lambda name: name != SCORE)
 
 
 def _short(name: str) -> str:
@@ -109,11 +112,11 @@ def _rows(results: Results) -> list[dict[str, Any]]:
             | {"cells": [_cell(row, name, by_name[name]) for name in shown]}
         )
     for published in results.published:
-        if published["metric"] == results.metric:
-            task = f", {published['task']}" if published.get("task") else ""
-            accuracy = Cell(percent_or_number(results.metric, published["value"]), str(published["value"]))
-            cells = [accuracy if name.startswith("accuracy") else Cell("-", "") for name in shown]
-            rows.append({"method": f"{published['method']}{task}", "small": published["source"], "failed": False, "published": True, "cells": cells})
+        task, metric = f", {published['task']}" if published.get("task") else "", published["metric"]
+        value = percent_or_number(metric, published["value"])
+        found = Cell(value, str(published["value"])) if metric == results.metric else Cell(value, "", metric)  # another metric is in no order with ours
+        cells = [found if name == SCORE else Cell("-", "") for name in shown]
+        rows.append({"method": f"{published['method']}{task}", "small": published["source"], "failed": False, "published": True, "cells": cells})
     return rows
 
 

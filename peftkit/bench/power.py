@@ -41,6 +41,8 @@ class Plan:
         d, m = self.difference, self.difference.measure
         if np.isinf(self.detectable):
             return "one seed says nothing of how seeds scatter: run at least three"
+        if not self.detectable:
+            return "every example had the same outcome under both, in every seed, so nothing says what would settle a difference: take other examples"
         size = f"{m.number(self.detectable, sign=False)} {m.unit}"
         now = f"{d.seeds} seeds" + (f" and {d.spreads[0].examples} examples" if d.spreads[0].examples else "")
         start = f"{now} settle a difference of {size} (80% power); one of {m.number(abs(d.mean), sign=False)} "

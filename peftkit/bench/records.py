@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,8 +21,10 @@ from peftkit.config import Config, ConfigError, Source, validate
 
 TAIL = 60  # lines of a failed cell's log that are kept in its record
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
+DIVERGED = re.compile(r"\(tripwire (not_finite|loss_rising); `train\.warn_only")  # as tripwires.py ends what stops a run, not what only warns
 KILLED = (-9, 137)  # how the kernel's out-of-memory killer ends a process, seen by the parent and by a shell
-Kind = Literal["out_of_memory", "divergence", "crash"]
+STOPPED = (-15, 143, -2, 130)  # SIGTERM and Ctrl-C, before the process could answer and after it had saved a checkpoint
+Kind = Literal["out_of_memory", "divergence", "stopped", "crash"]
 
 
 class Record(Config):
@@ -61,7 +65,7 @@ class Record(Config):
     base_seconds (medians), saved_bytes, base_saved_bytes (what autograd keeps for backward)."""
     exit_code: int | None = None
     kind: Kind | None = None
-    """Of a failure."""
+    """Of a failure; stopped: something outside ended the process, which goes on from its checkpoint the next time."""
     traceback: str | None = None
     """End of a failed cell's log."""
 
@@ -143,12 +147,14 @@ class Results(Config):
     search: list[Searched] = []
     examples: dict[str, list[dict[str, str]]] = {}
     """task -> prompt and answer of every example of its evaluation set, cut after `answers.KEPT` characters."""
+    order: list[str] = []
+    """The methods as the suite lists them. The first is the one that others are compared with, whether or not its cells ran."""
     cells: list[Record]
 
     @property
     def methods(self) -> dict[str, list[Record]]:
         """Final records by method, in the order of the suite; a method none of whose final cells ran has none."""
-        found: dict[str, list[Record]] = {}
+        found: dict[str, list[Record]] = {method: [] for method in self.order}
         for record in self.cells:
             found.setdefault(record.method, []).extend([record] if record.stage == "final" else [])
         return found
@@ -161,7 +167,7 @@ class Results(Config):
     @property
     def failed(self) -> list[Record]:
         """What failed. A learning rate of a search that diverges or does not fit is an answer of the search, not a failure."""
-        return [record for record in self.cells if record.status == "failed" and (record.stage != "search" or record.kind == "crash")]
+        return [record for record in self.cells if record.status == "failed" and (record.stage != "search" or record.kind in ("crash", "stopped"))]
 
 
 # --- from a run folder to a record --------------------------------------------------------------------------------------------
@@ -220,7 +226,7 @@ def _curves(path: Path) -> tuple[list[list[float]], list[list[float]]]:
     evaluations: list[list[float]] = []
     for text in filter(None, path.read_text().split("\n")):
         line = json.loads(text)
-        if "loss" in line:
+        if "loss" in line and math.isfinite(line["loss"]):  # a step that was not taken, where not_finite only warns
             curve.append([line["step"], line["loss"], line["seconds"]])
         if "eval_loss" in line:  # the clock of training stands while it evaluates
             before = [point for point in curve if point[0] <= line["step"]]
@@ -230,7 +236,9 @@ def _curves(path: Path) -> tuple[list[list[float]], list[list[float]]]:
 
 
 def _kind(code: int, text: str) -> Kind:
-    if "non-finite loss" in text:
+    if code in STOPPED:
+        return "stopped"
+    if DIVERGED.search(text):
         return "divergence"
     return "out_of_memory" if code in KILLED or any(sign in text for sign in OUT_OF_MEMORY) else "crash"
 
@@ -305,6 +313,7 @@ def results_of(suite: Suite, records: Sequence[Record], searched: Sequence[Searc
         budget=budget | ({"train_steps": {f"{task}/{method}": n for (task, method), n in steps.items()}} if steps else {}),
         published=[row.model_dump() for row in suite.published],
         unfinished=unfinished,
+        order=list(suite.methods),
         search=list(searched),
         examples=shared_examples(predictions, answers) if answers else {},
         cells=list(records),

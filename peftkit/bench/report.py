@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,22 +12,24 @@ from rich.text import Text
 
 from peftkit.bench.compare import compare, task_names
 from peftkit.bench.measures import forgetting, sensitivity, to_target
-from peftkit.bench.overview import comparisons_by_task, in_one_sentence, percent_or_number, score
+from peftkit.bench.overview import SHARES, comparisons_by_task, in_one_sentence, percent_or_number, score
 from peftkit.bench.power import plan
 from peftkit.bench.records import Record, Results
 from peftkit.bench.statistics import Interval, mean_over_seeds
 
+SCORE = "accuracy (95% interval)"
 COLUMNS = (
     "method",
     "seeds",
     "before",
-    "accuracy (95% interval)",
+    SCORE,
     "forgetting, points (95% interval)",
     "step time, x frozen base",
     "tokens/s",
     "peak memory, MiB",
     "trainable parameters",
     "adapter, KiB",
+    "energy of training, kJ",
 )
 
 
@@ -49,6 +52,8 @@ class Row:
     peak_memory_bytes: Interval | None
     trainable_parameters: int | None
     adapter_bytes: int | None
+    energy_joules: Interval | None
+    """Of training; where a GPU counts it."""
 
     def texts(self, metric: str = "exact_match") -> list[str]:
         """The row as a table shows it, in the order of COLUMNS."""
@@ -63,6 +68,7 @@ class Row:
             _with_interval(self.peak_memory_bytes, lambda value: f"{value / 2**20:,.0f}", spread=False),
             "-" if self.trainable_parameters is None else f"{self.trainable_parameters:,}",
             "-" if self.adapter_bytes is None else f"{self.adapter_bytes / 1024:,.0f}",
+            _with_interval(self.energy_joules, lambda value: f"{value / 1000:,.1f}", spread=False),
         ]
 
 
@@ -87,7 +93,7 @@ def notes(results: Results) -> list[str]:
     if results.target is not None:
         reached = ", ".join(f"{row.method} {row.at_target} of {row.done + len(row.failed)}" for row in table(results))
         lines.append(f"Seeds that reached {results.metric} {percent_or_number(results.metric, results.target)}: {reached}.")
-    lines += _base(results)
+    lines += _base(results) + [published(row) for row in results.published] + _machines(results)
     if any(row.done == 1 for row in table(results)):
         lines.append("The interval of a method with one seed is about that one run; other seeds may lie outside.")
     lines += [_failure(record) for record in results.failed]
@@ -114,7 +120,7 @@ def terminal(results: Results, console: Console) -> None:
     columns, rows = columns_and_rows(results)
     console.print(in_one_sentence(results), highlight=False, markup=False, soft_wrap=True)
     shown = Table(title=f"suite {results.suite}: {results.metric}", title_justify="left")
-    for i, column in enumerate(columns):
+    for i, column in enumerate(heading(name, results.metric) for name in columns):
         shown.add_column(column, justify="left" if i < 2 else "right")
     for row, texts in zip(table(results), rows, strict=True):
         shown.add_row(*(Text(text) for text in texts), style="red" if row.failed else None)
@@ -126,11 +132,22 @@ def terminal(results: Results, console: Console) -> None:
 def markdown(results: Results) -> str:
     """The report as GitHub-flavoured Markdown: what is known in a sentence, the table, and what stands behind it."""
     columns, texts = columns_and_rows(results)
-    lines = [_line(columns), _line(["---", "---", *["---:"] * (len(columns) - 2)]), *map(_line, texts)]
+    lines = [_line([heading(name, results.metric) for name in columns]), _line(["---", "---", *["---:"] * (len(columns) - 2)]), *map(_line, texts)]
     lines = [f"### Suite {results.suite}: {results.metric}", "", _escaped(in_one_sentence(results)), "", *lines, ""]
     if len(task_names(results)) > 1:
         lines += [*_task_table(results), ""]
     return "\n".join([*lines, *(f"- {_escaped(line)}" for line in notes(results))]) + "\n"
+
+
+def heading(column: str, metric: str) -> str:
+    """What stands over a column: that of the score says which metric, unless it is the share of right answers."""
+    return column if column != SCORE or metric in SHARES else SCORE.replace("accuracy", metric)
+
+
+def published(row: dict[str, Any]) -> str:
+    """A number of others, in a line."""
+    task = f" on {row['task']}" if row.get("task") else ""
+    return f"Published for {row['method']}{task}: {row['metric']} {percent_or_number(row['metric'], row['value'])} ({row['source']})."
 
 
 def columns_and_rows(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -174,6 +191,7 @@ def _row(method: str, records: Sequence[Record], results: Results) -> Row:
         peak_memory_bytes=_measured(done, lambda record: record.train["peak_memory_bytes"]),
         trainable_parameters=done[0].adapter.get("trainable_parameters") if done else None,
         adapter_bytes=done[0].adapter.get("bytes") if done else None,
+        energy_joules=_measured(done, lambda record: record.train["energy_joules"]),
     )
 
 
@@ -208,9 +226,22 @@ def _base(results: Results) -> list[str]:
     return found
 
 
+def _machines(results: Results) -> list[str]:
+    """Where the cells ran, if on machines of several kinds: seconds and memory of one cannot be held against those of another."""
+    kinds: dict[str, list[str]] = {}
+    for record in results.cells:
+        if record.status == "done" and record.stage != "search":
+            kinds.setdefault(", ".join(f"{key} {value}" for key, value in record.machine.items()), []).append(record.method)
+    if len(kinds) < 2:
+        return []
+    ran = "; ".join(f"{len(methods)} cells of {', '.join(dict.fromkeys(methods))} on {machine or 'an unknown one'}" for machine, methods in kinds.items())
+    return [f"The cells ran on {len(kinds)} kinds of machines, so their times and memory are not of one kind: {ran}."]
+
+
 def _failure(record: Record) -> str:
+    again = "; it is not run again: for another try, on a larger machine say, remove that folder" if record.settled else ""
     last = next((line.strip() for line in reversed((record.traceback or "").splitlines()) if line.strip()), "nothing in its log")
-    return f"{record.failure()}: {last} (log: {record.log})"
+    return f"{record.failure()}: {last} (log: {record.log}{again})"
 
 
 def _origin(results: Results) -> str:

@@ -24,8 +24,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from peftkit.bench.launch import ENDED, Launcher, Local
-from peftkit.bench.records import KILLED, Record, read_record, record_of, write_whole
+from peftkit.bench.launch import Launcher, Local
+from peftkit.bench.records import KILLED, STOPPED, Record, read_record, record_of, write_whole
 from peftkit.bench.suite import Cell, Suite
 from peftkit.config import ConfigError, dump_yaml
 
@@ -168,8 +168,8 @@ class Runner:
             return record
 
     def _resumes(self, place: Path, failed: Record | None, cell: Cell) -> bool:
-        """Whether the run goes on: it was killed, and has a folder to go on from."""
-        killed = failed is None or failed.exit_code in (*KILLED, ENDED)
+        """Whether the run goes on: it was ended from outside, and has a folder to go on from."""
+        killed = failed is None or failed.exit_code in (*KILLED, *STOPPED)
         return cell.stage != "timing" and killed and (place / "run" / "recipe.yaml").exists()
 
     @contextmanager

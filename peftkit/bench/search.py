@@ -20,10 +20,15 @@ from peftkit.config import ConfigError
 FACTOR = 3  # one in so many goes on
 
 
-def search(suite: Suite, task: str, method: str, code: Code, run: Callable[[Cell], Record]) -> Searched:
-    """Tries the method's learning rates on a task. `run` gives the record of a cell. Raises ConfigError where optuna is not installed."""
+def must_have_optuna() -> None:
+    """Raises ConfigError where it is not installed."""
     if find_spec("optuna") is None:
         raise ConfigError('a learning rate is chosen with optuna, which is not installed: pip install "peftkit[bench]"; or give each method one rate')
+
+
+def search(suite: Suite, task: str, method: str, code: Code, run: Callable[[Cell], Record]) -> Searched:
+    """Tries the method's learning rates on a task. `run` gives the record of a cell. Raises ConfigError where optuna is not installed."""
+    must_have_optuna()
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -203,8 +203,10 @@ def pooled_difference(tasks: Sequence[tuple[Values, Values]], confidence: float 
         if len({len(outcomes) for pair in pairs for outcomes in pair}) != 1:
             raise ValueError("outcomes of different numbers of examples cannot be paired")
         matrices.append(_matrix([np.subtract(x, y) for x, y in pairs]))
-    levels = _Levels(matrices)
+    # Where all answers differ alike (both always wrong, say), two more examples stand in for the spread that these few do not show.
+    levels = _Levels(matrices, extra=() if any(y.std() for y in matrices) else (-1.0, 1.0))
     low, high = levels.interval(confidence)
+    low, high = min(max(low, -1.0), levels.mean), max(min(high, 1.0), levels.mean)
     return Difference(levels.mean, low, high, min(len(y) for y in matrices), levels.p_value(), spreads=tuple(_spread(y) for y in matrices))
 
 

@@ -16,6 +16,7 @@ from peftkit.config import Config, ConfigError, Keys, Source, read_yaml, suggest
 
 OWNED = {("train", "seed"): "list the seeds under 'seeds'", ("output_dir",): "each cell gets a folder of its own"}  # set by the harness
 SAVES = 3  # checkpoints on the way of a cell that says nothing of it, so that a killed one goes on
+SAVE_EVERY = 500  # steps between them for a recipe in epochs, whose length is known only once its data is read
 FOLDER = Path("benchmarks/suites")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]  # becomes part of a folder's name
 Rate = Annotated[float, Field(gt=0)]
@@ -254,8 +255,9 @@ def make_cell(suite: Suite, code: Code, task: str, method: str, seed: int, chang
     """A cell that trains."""
     recipe = suite.recipe_of(task, method, merge(changes, {"train": {"seed": seed}}))
     train = recipe["train"]
-    if "save_every" not in train and not train.get("eval_every") and train.get("max_steps"):
-        train |= {"save_every": max(train["max_steps"] // (SAVES + 1), 1), "keep_last": train.get("keep_last", 1)}
+    if "save_every" not in train and not train.get("eval_every"):
+        every = max(train["max_steps"] // (SAVES + 1), 1) if train.get("max_steps") else SAVE_EVERY
+        train |= {"save_every": every, "keep_last": train.get("keep_last", 1)}
     # What is kept of a run depends on the metric, and whether it counts on the memory that it may take.
     judged: dict[str, Any] = {"metric": suite.metric} if suite.metric != "exact_match" and stage == "final" else {}
     judged |= {"memory": suite.budget.memory} if suite.budget and suite.budget.memory and stage == "final" else {}
@@ -302,6 +304,10 @@ def _inconsistent(suite: Suite) -> Iterator[tuple[Keys, str]]:
         for name in listed:
             if name not in suite.methods:
                 yield (section, name), f"no method of this suite{suggest(name, suite.methods)} (it has: {', '.join(suite.methods)})"
+    for i, row in enumerate(suite.published):
+        if row.method not in suite.methods or (row.task and row.task not in suite.tasks):
+            what, name, known = ("method", row.method, suite.methods) if row.method not in suite.methods else ("task", row.task, suite.tasks)
+            yield ("published", str(i), what), f"no {what} of this suite: {name!r}{suggest(name, known)} (it has: {', '.join(known) or 'none'})"
     for method, changes in suite.methods.items():
         own, steps = suite.rates_of(method), _at(changes, ("train", "max_steps"))
         if own and _has(changes, ("train", "learning_rate")):

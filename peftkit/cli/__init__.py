@@ -59,22 +59,25 @@ def _report(error: Exception) -> int:
         if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
             typer.secho(text, fg="red", err=True)
 
+    notes = getattr(error, "__notes__", [])  # where what was made is kept
     if isinstance(error, ConfigError):
-        say(f"error: {error}")
+        say("\n".join([f"error: {error}", *notes]))
         return 2
     from peftkit.interrupts import Interrupted
 
     if isinstance(error, Interrupted):
-        say("\n".join([f"stopped: {error}", *getattr(error, "__notes__", [])]))
+        say("\n".join([f"stopped: {error}", *notes]))
         return error.exit_code
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        say(f"failed: {error.strerror}: {error.filename or 'while writing'}; what was complete before is untouched. Make room, or give another folder")
+        unreadable = error.filename is not None and os.path.isfile(error.filename) and not os.access(error.filename, os.R_OK)
+        hint = "this file may not be read" if unreadable else "what was complete before is untouched. Make room, or give another folder"
+        say("\n".join([f"failed: {error.strerror}: {error.filename or 'while writing'}; {hint}", *notes]))
         return 1
     from peftkit.checkpoint import CheckpointError
     from peftkit.merge import MergeError
     from peftkit.train import TrainingStopped
 
     if isinstance(error, (CheckpointError, MergeError, TrainingStopped)):
-        say(f"failed: {error}")
+        say("\n".join([f"failed: {error}", *notes]))
         return 1
     raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from peftkit.bench.launch import Launcher
+    from peftkit.bench.records import Record
     from peftkit.bench.suite import Suite
 
 bench = typer.Typer(help="Suites of methods and seeds; side-by-side report; gate on a baseline.", no_args_is_help=True)
@@ -104,8 +106,8 @@ def _own(
     recipe: str, methods: list[str], budget: str | None, seeds: int | None, rates: str | None, folder: Path, jobs: int, launcher: Launcher | None
 ) -> tuple[Suite, float | None]:
     """The suite of the user's own recipe, and the seconds left for it."""
-    from peftkit.bench.cells import run_suite
-    from peftkit.bench.own import SEEDS, checked, own_suite, plan, searching, seconds_of
+    from peftkit.bench.own import SEEDS, checked, own_suite, plan, rungs_of, searching, seconds_of
+    from peftkit.bench.search import must_have_optuna
     from peftkit.cli.common import stderr
     from peftkit.config import ConfigError
 
@@ -115,22 +117,34 @@ def _own(
         grid = [float(rate) for rate in _names(rates)] or None
     except ValueError:
         raise ConfigError(f"--learning-rates {rates}: write numbers, as in 1e-4,3e-4,1e-3") from None
+    if (grid is None and budget) or len(grid or []) > 1:
+        must_have_optuna()
     if budget is None:
-        return checked(own_suite(recipe, methods, seeds or SEEDS, grid, False), folder / own_suite(recipe, methods, 1, None, False).name), None
-    allowed, console = seconds_of(budget), stderr()
-    first = own_suite(recipe, methods[:1], 1, grid[:1] if grid else None, False)
-    first = checked(first.model_copy(update={"timing": False}), folder / first.name)
+        suite = own_suite(recipe, methods, seeds or SEEDS, grid, False)
+        steps = suite.recipe_of("", methods[0])["train"].get("max_steps")
+        return checked(searching(suite, rungs_of(steps)) if steps and len(grid or []) > 1 else suite, folder / suite.name), None
+    allowed, console, started = seconds_of(budget), stderr(), time.monotonic()
     console.print("the first run tells how much fits", highlight=False)
-    records = run_suite(first, folder, 1, None, console, launcher=launcher, seconds=allowed)
-    if not records:
-        raise ConfigError(f"--budget {budget}: not even one run ended in that time; what is done is kept, and the same command with more goes on")
-    record = records[0]
-    if record.status == "failed":
-        raise ConfigError(f"{record.failure()}, log: {record.log}\n{record.traceback or ''}".rstrip())
-    planned = plan(record, len(methods), allowed, jobs, seeds, len(grid) if grid else None)
+    middle = sorted(grid)[(len(grid) - 1) // 2 :][:1] if grid else None
+    record = next((found for method in methods if (found := _first(recipe, method, middle, folder, launcher, allowed - time.monotonic() + started))), None)
+    if record is None:
+        raise ConfigError(f"--budget {budget}: no run got through in that time; what is done is kept, and the same command with more goes on")
+    planned = plan(record, len(methods), allowed - record.wall_seconds, jobs, seeds, len(grid) if grid else None)
     console.print(planned.words(allowed), highlight=False)
     suite = own_suite(recipe, methods, planned.seeds, grid, planned.rates > 1)
-    return checked(searching(suite, planned.rungs), folder / suite.name), max(allowed - record.wall_seconds, 1.0)
+    return checked(searching(suite, planned.rungs), folder / suite.name), max(allowed - (time.monotonic() - started), 1.0)
+
+
+def _first(recipe: str, method: str, rates: list[float] | None, folder: Path, launcher: Launcher | None, seconds: float) -> Record | None:
+    """One run of a method by itself, to reckon from; None where it failed (which is told, and stands in the results later) or there was no time for it."""
+    from peftkit.bench.cells import run_suite
+    from peftkit.bench.own import checked, own_suite
+    from peftkit.cli.common import stderr
+
+    alone = own_suite(recipe, [method], 1, rates, False)
+    alone = checked(alone.model_copy(update={"timing": False}), folder / alone.name)
+    records = run_suite(alone, folder, 1, None, stderr(), launcher=launcher, seconds=seconds)
+    return next((record for record in records if record.status == "done"), None)
 
 
 @bench.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.text import Text
 
 from peftkit.amounts import human
@@ -22,14 +23,15 @@ def print_result(result: Result) -> None:
     names = [name for name in result.after if name != "retained"]
     rows: list[list[Any]] = [[name, result.before.get(name), result.after[name]] for name in names]
     rows += [[f"  {name}", result.before.get("retained", {}).get(name), score] for name, score in result.after.get("retained", {}).items()]
-    console.print(table(f"{result.recipe['model']['name']} on {result.recipe['data']['train']}", ["", "before", "after"], rows))
+    rows = [[escape(name), *scores] for name, *scores in rows]
+    console.print(table(escape(f"{result.recipe['model']['name']} on {result.recipe['data']['train']}"), ["", "before", "after"], rows))
     train, adapter = result.train, result.adapter
     console.print(
         f"training {train['seconds']:.1f} s, {train['steps']} steps, {train['tokens']:,} tokens ({train['tokens_per_second']:,.0f} tokens/s), "
         f"peak memory {human(train['peak_memory_bytes'])}; {adapter['trainable_parameters']:,} parameters trained, {human(adapter['bytes'])} saved",
         highlight=False,
     )
-    console.print(f"run folder: {result.output_dir}", highlight=False, soft_wrap=True)
+    console.print(f"run folder: {result.output_dir}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_check(report: CheckReport) -> None:

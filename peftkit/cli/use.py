@@ -27,6 +27,8 @@ def evaluate(recipe: Annotated[str, typer.Argument(help="A recipe or a run folde
     """Score a run's adapter, another adapter, or (--adapter none) the base, on the recipe's evaluation data."""
     import json
 
+    from rich.markup import escape
+
     from peftkit.cli.common import quiet_libraries, recipe_path, stderr, stdout
     from peftkit.config import ConfigError
     from peftkit.console import table
@@ -49,7 +51,7 @@ def evaluate(recipe: Annotated[str, typer.Argument(help="A recipe or a run folde
     rows: list[list[Any]] = [[name, value] for name, value in values.items() if name != "retained"]
     retained: Any = values.get("retained", {})
     rows += [[f"  {name}", value] for name, value in retained.items()]
-    stdout().print(table(f"{adapter or recipe}", ["", "score"], rows))
+    stdout().print(table(escape(f"{adapter or recipe}"), ["", "score"], [[escape(name), value] for name, value in rows]))
 
 
 def generate(prompt: Annotated[str, typer.Argument(help="The user's message (or the start of a text, for a base without chat template).")],
@@ -88,7 +90,7 @@ def chat(adapter: Adapter = None, model: Model = None, quantize: Quantize = None
     torch.manual_seed(seed)
     talk = Chat(adapted, tokenizer, origin.adapter is not None, _write, max_new_tokens, temperature)
     talk.hello(origin.model)
-    talk.lines(_typed() if sys.stdin.isatty() else sys.stdin)
+    talk.lines(_typed() if sys.stdin and sys.stdin.isatty() else sys.stdin or [])  # it is None where a shell closed it
 
 
 def _write(text: str) -> None:
@@ -149,7 +151,7 @@ def merge(adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help=
         if average
         else fold(adapters[0], output, model, quantize, onto or "trained", MAX_KL if max_kl is None else max_kl, dtype)
     )
-    stdout().print(f"{done}\n{'averaged adapter' if average else 'merged model'}: {output}", highlight=False, soft_wrap=True)
+    stdout().print(f"{done}\n{'averaged adapter' if average else 'merged model'}: {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 def export(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run folder or an adapter folder.")],
@@ -176,6 +178,6 @@ def export(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run
         options = {"--form": form != "auto", "--rank": rank, "--model": model, "--quantize": quantize, "--dtype": dtype}
         if given := [name for name, value in options.items() if value]:
             raise ConfigError(f"{', '.join(given)}: of what is written; give a FOLDER and --for SERVER, or leave {'it' if len(given) == 1 else 'them'} out")
-        stdout().print(table(adapter, ["server", "takes", "because"], [[escape(cell) for cell in row] for row in servers_for(adapter)]))
+        stdout().print(table(escape(adapter), ["server", "takes", "because"], [[escape(cell) for cell in row] for row in servers_for(adapter)]))
         return
     stdout().print(str(export_to(adapter, output, for_, form, rank, model, quantize, dtype)), highlight=False, markup=False, soft_wrap=True)

@@ -231,7 +231,8 @@ def _machines(results: Results) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for record in results.cells:
         if record.status == "done" and record.stage != "search":
-            kinds.setdefault(", ".join(f"{key} {value}" for key, value in record.machine.items()), []).append(record.method)
+            kind = ", ".join(f"{key} {value}" for key, value in record.machine.items() if key != "threads")  # those are fewer where cells run side by side
+            kinds.setdefault(kind, []).append(record.method)
     if len(kinds) < 2:
         return []
     ran = "; ".join(f"{len(methods)} cells of {', '.join(dict.fromkeys(methods))} on {machine or 'an unknown one'}" for machine, methods in kinds.items())

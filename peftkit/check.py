@@ -50,7 +50,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     checked. Raises ConfigError for everything that would stop `run`.
     """
     there = budget(gpu)
-    recipe = load_recipe(recipe, overrides)
+    recipe = load_recipe(recipe, overrides, elsewhere=gpu is not None)
     folder = open_folder(recipe, resume)
     report = CheckReport(recipe, {"recipe": _recipe_lines(recipe)})
     try:

@@ -103,7 +103,10 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
     attached = record.by_adapter.get(adapter) if record is not None else None
     method = file.method(_low_rank(model, file), _whole(file.config, file.state))
     if attached is None:
-        attach(model, method, adapter)
+        try:
+            attach(model, method, adapter)
+        except ValueError as error:
+            raise CheckpointError(f"{file.folder} does not fit this {type(model).__name__}, nothing was loaded: {error}") from error
     try:
         wanted = _wanted(model, file, adapter)
         if not another_base:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +21,8 @@ ROWS, LENGTH = 4, 64  # of the tokens on which models are compared
 def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False) -> None:
     """Saves a model with its tokenizer beside `target`, reads it back and compares logits bit for bit, and only then replaces `target`.
 
-    keep: what was written stays beside where it could not be verified, because it cannot be made again. Memory holds the model twice for that while.
+    keep: what was written stays beside, as `unverified-<name>`, where it could not be verified, because it cannot be made again; no later run clears it
+    away. Memory holds the model twice for that while.
     Raises CheckpointError where what was read back computes something else.
     """
     target = target.resolve()
@@ -41,11 +43,18 @@ def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False)
         folder.rename(target)
     except BaseException as error:
         if keep and folder.exists():
-            error.add_note(f"what was written is kept in {folder}")
-        else:
-            shutil.rmtree(beside)
+            kept = free_name(target.with_name(f"unverified-{target.name}"))
+            folder.rename(kept)
+            error.add_note(f"what was written is kept in {kept}, and stays until you remove it")
+        shutil.rmtree(beside)
         raise
     beside.rmdir()
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that is not there."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 @torch.no_grad()

@@ -259,13 +259,14 @@ def test_a_full_model_that_is_not_what_was_trained_is_never_left(tmp_path, monke
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", lossy)
     made = recipe(tmp_path / "full", full_finetuning=True, max_steps=1, learning_rate=1.0e-4)
-    with pytest.raises(CheckpointError, match="read back from disk is not the one in memory"):
+    with pytest.raises(CheckpointError, match="read back from disk is not the one in memory") as failed:
         pk.run(made | {"methods": [], "model": {"name": "builtin:tiny"}})
-    assert not (tmp_path / "full/model").exists()
-    assert next(tmp_path.glob("full/.writing-*/model/model.safetensors"))  # it cannot be made again
+    assert not (tmp_path / "full/model").exists() and "unverified-model, and stays until" in failed.value.__notes__[0]
+    assert (tmp_path / "full/unverified-model/model.safetensors").exists()  # it cannot be made again
     monkeypatch.undo()
     pk.run(made | {"methods": [], "model": {"name": "builtin:tiny"}})
     assert not list(tmp_path.glob("full/.writing-*")) and (tmp_path / "full/model/model.safetensors").exists()
+    assert (tmp_path / "full/unverified-model/model.safetensors").exists()  # nobody but its owner clears it away
 
 
 def test_a_checkpoint_of_other_rows_is_refused(tmp_path):

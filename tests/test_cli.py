@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -136,3 +138,16 @@ def test_lists_of_what_is_there(peftkit):
     assert shown.returncode == 0 and "neftune" in shown.stdout and "target_modules" in shown.stdout
     shown = peftkit("doctor")
     assert shown.returncode == 0 and "bitsandbytes" in shown.stdout
+
+
+def test_garbage_is_collected_while_a_command_works_and_after_it(monkeypatch):
+    """It is switched off for the imports alone; a run of hours must not go without."""
+    seen = []
+    monkeypatch.setattr(importlib.import_module("peftkit.run"), "run", lambda *_: seen.append(gc.isenabled()))
+    monkeypatch.setattr("peftkit.cli.print.print_result", lambda _: None)
+    monkeypatch.setattr("peftkit.bench.suite.find_suite", lambda _: seen.append(gc.isenabled()) or sys.exit(3))
+    for arguments, code in ((["run", "quickstart"], 0), (["bench", "run", "ci"], 3), (["recipes"], 0)):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert (stopped.value.code or 0) == code and gc.isenabled()
+    assert seen == [True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +45,7 @@ def run(
     from peftkit.cli.common import stderr, stdout
     from peftkit.config import ConfigError
 
+    gc.enable()  # off for the imports
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped CI job must not leave its cells running
     given = {"--methods": methods, "--budget": budget, "--seeds": seeds, "--learning-rates": learning_rates}
     if (suite is None) == (recipe is None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -23,9 +24,10 @@ def stdout() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Takes the libraries' own progress bars out of log files, and their advice out of sight; warnings stay."""
+    """For the time after the imports: garbage is collected again, the libraries' own progress bars stay out of log files, and their advice out of sight."""
     import transformers
 
+    gc.enable()
     transformers.logging.disable_progress_bar()
     warnings.formatwarning = _in_one_line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from peftkit.cli import main
 
@@ -151,3 +152,14 @@ def test_garbage_is_collected_while_a_command_works_and_after_it(monkeypatch):
             main(arguments)
         assert (stopped.value.code or 0) == code and gc.isenabled()
     assert seen == [True, True]
+
+
+def test_a_full_gpu_is_told_with_the_remedy(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(importlib.import_module("peftkit.run"), "run", full)
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "quickstart"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and "Tried to allocate 2.00 GiB" in said and "lower train.micro_batch_size" in said and "Traceback" not in said

@@ -84,4 +84,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, (CheckpointError, MergeError, TrainingStopped)):
         say("\n".join([f"failed: {error}", *notes]))
         return 1
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        remedy = "lower train.micro_batch_size or set it to auto, set train.gradient_checkpointing: true, shorten data.max_length, or quantize the base"
+        say(f"failed: the GPU's memory is full: {error}\n{remedy}; `peftkit check` forecasts what is needed. Earlier checkpoints are whole")
+        return 1
     raise error

@@ -64,7 +64,10 @@ def save_adapter(
     targets = sorted(name for name, layer in adapter_layers(model).items() if adapter in layer.specs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD_FILE).unlink(missing_ok=True)  # it describes the file that is replaced now
-    save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    try:
+        save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"the adapter could not be written to {folder} ({_cause(error)}); {_free(folder)}: make room, and save it again") from error
     swapping.peft_config(targets, model, adapter).save_pretrained(str(folder))
     written = load_file(folder / ADAPTER_FILE)
     wrong = [key for key, tensor in state.items() if key not in written or not torch.equal(written[key], tensor)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from peftkit.checkpoint import CheckpointError
@@ -30,7 +31,10 @@ def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
     folder = beside / target.name
     try:
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # its own for a disk that is full
+            raise CheckpointError(f"the model could not be written to {folder}: {error}; make room there") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         again, _ = load(str(folder), None, model.dtype, model.device, getattr(model.config, "_attn_implementation", None) or "auto")

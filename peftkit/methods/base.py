@@ -59,6 +59,10 @@ class Handle(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
 
+    @abstractmethod
+    def on_process(self, index: int) -> None:
+        """Told before training by several processes which of them this is: what is drawn at random must differ between them."""
+
 
 @dataclass
 class Attachment:

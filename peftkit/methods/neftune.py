@@ -43,8 +43,8 @@ class Noise(Handle):
         self.config = config
         self.inputs: dict[str, Any] = {}
         device = next(embedding.parameters()).device
-        seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
-        self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
+        self.seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+        self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(self.seed)
         body = getattr(model, "base_model", model)  # not the model: a loss that gathers before the head calls the body alone
         self.signature = inspect.signature(body.forward)
         self.hooks = [
@@ -80,6 +80,9 @@ class Noise(Handle):
             mask = mask.to(output.device, torch.float32)
             return mask * mask.sum(1, keepdim=True)
         return torch.full((rows, tokens), float(tokens), device=output.device)
+
+    def on_process(self, index: int) -> None:
+        self.generator.manual_seed(self.seed + index)
 
     def remove(self) -> None:
         for hook in self.hooks:

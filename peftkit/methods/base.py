@@ -47,6 +47,9 @@ class Method(Config):
 class Handle(ABC):
     """What a method left on a model besides adapter layers: removable, with a state that checkpoints keep."""
 
+    enabled: bool = True
+    """Whether it acts; `adapters_disabled` switches it off."""
+
     @abstractmethod
     def remove(self) -> None:
         """Takes it off the model again."""

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from peftkit import quant
 from peftkit.activations import Checkpointing, enable_checkpointing
 from peftkit.checkpoint import CheckpointError, checkpoints, load_checkpoint, restore_parameters, save_checkpoint
 from peftkit.config import Config
@@ -208,6 +209,7 @@ def train(
         restore_parameters(model, tensors)
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        quant.page_again(optimizer)
         stats = TrainStats(**state["stats"])
         if (count := len(rows), rows_id) != tuple(state["rows"]):
             raise CheckpointError(

@@ -14,7 +14,7 @@ from rich.text import Text
 from peftkit import data, methods
 from peftkit.amounts import human
 from peftkit.config import ConfigError
-from peftkit.evaluate import GENERATING, must_have_answers
+from peftkit.evaluate import GENERATING, must_have_answers, must_have_words
 from peftkit.folder import must_have_room, open_folder
 from peftkit.forecast import Budget, Forecast, Plan, Row, Sizes, Skeleton, budget, largest_micro_batch, of_micro_batch, of_recipe, plan_of
 from peftkit.model import load_config, load_tokenizer, reads_with_encoder
@@ -50,7 +50,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     checked. Raises ConfigError for everything that would stop `run`.
     """
     there = budget(gpu)
-    recipe = load_recipe(recipe, overrides)
+    recipe = load_recipe(recipe, overrides, elsewhere=gpu is not None)
     folder = open_folder(recipe, resume)
     report = CheckReport(recipe, {"recipe": _recipe_lines(recipe)})
     try:
@@ -141,6 +141,8 @@ def _tell_data(report: CheckReport, tokenizer: Any, pairs: bool) -> Plan:
     generating = [metric for metric in recipe.eval.metrics if metric in GENERATING]
     for name in recipe.eval.retained + (["eval"] if generating else []):
         must_have_answers(generating, name, sets[name])
+    if "rouge" in generating:
+        must_have_words([example.answer for example in evaluated])
     choices = data.load_choices(recipe.data, tokenizer, recipe.eval.choices, pairs)[1] if "choice_accuracy" in recipe.eval.metrics else []
     filled = found.tokens / (len(rows) * recipe.data.max_length) if recipe.data.packing else None
     special = [f"{name} {getattr(tokenizer, f'{name}_token')!r} ({getattr(tokenizer, f'{name}_token_id')})" for name in ("bos", "eos", "pad")]

@@ -64,7 +64,10 @@ def save_adapter(
     targets = sorted(name for name, layer in adapter_layers(model).items() if adapter in layer.specs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD_FILE).unlink(missing_ok=True)  # it describes the file that is replaced now
-    save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    try:
+        save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"the adapter could not be written to {folder} ({_cause(error)}); {_free(folder)}: make room, and save it again") from error
     swapping.peft_config(targets, model, adapter).save_pretrained(str(folder))
     written = load_file(folder / ADAPTER_FILE)
     wrong = [key for key, tensor in state.items() if key not in written or not torch.equal(written[key], tensor)]
@@ -103,7 +106,10 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
     attached = record.by_adapter.get(adapter) if record is not None else None
     method = file.method(_low_rank(model, file), _whole(file.config, file.state))
     if attached is None:
-        attach(model, method, adapter)
+        try:
+            attach(model, method, adapter)
+        except ValueError as error:
+            raise CheckpointError(f"{file.folder} does not fit this {type(model).__name__}, nothing was loaded: {error}") from error
     try:
         wanted = _wanted(model, file, adapter)
         if not another_base:

@@ -36,6 +36,12 @@ def open_folder(recipe: Recipe, resume: bool) -> Path:
         return folder
     if checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
         raise ConfigError(f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir")
+    trained = [name for name in ("adapter", "model") if (folder / name).exists()]
+    if written.exists() and trained and not (folder / "result.json").exists():
+        raise ConfigError(
+            f"output_dir: {folder / trained[0]} was trained, and the run did not end after that; a new run would clear it away. Score it with "
+            f"`peftkit eval {folder}`, remove the folder, or give another output_dir"
+        )
     if folder.exists() and any(folder.iterdir()) and not written.exists():
         raise ConfigError(f"output_dir: {folder} is not empty and holds no run of peftkit; give another output_dir")
     return folder

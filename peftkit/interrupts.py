@@ -22,6 +22,14 @@ class Interrupted(RuntimeError):
         self.exit_code = 128 + number  # 143 for SIGTERM, 130 for SIGINT: what a shell reports of a process that the signal ended
 
 
+class StoppedAtOnce(BaseException):
+    """A second signal: the process is to end, whatever it does. No Exception, so that nothing goes on with it."""
+
+    def __init__(self, number: int):
+        super().__init__(f"{signal.Signals(number).name} twice: stopped within a step; earlier checkpoints are whole, `--resume` goes on from the newest")
+        self.exit_code = 128 + number
+
+
 class Interrupts:
     """While it is open, the first SIGTERM or SIGINT is only remembered in `number`; a second one, later, ends the work at once.
 
@@ -46,4 +54,4 @@ class Interrupts:
         if not self.number:
             self.number, self.since = number, time.monotonic()
         elif time.monotonic() - self.since > ECHO:
-            raise KeyboardInterrupt(f"{signal.Signals(number).name} twice: stopped within a step")
+            raise StoppedAtOnce(number)

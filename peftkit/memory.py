@@ -19,6 +19,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak() -> None:
+    """Has a GPU's peak counted anew; that of a process cannot be."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 @contextmanager
 def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
     """Collects what autograd keeps for backward within the block: address of the storage -> bytes. The model's own tensors are left out."""

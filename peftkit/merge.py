@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Mo
     weight (out, in)) merges into these weights instead, e.g. the 16-bit ones; it must name every adapted module.
     """
     record, layers = attachment(model), adapter_layers(model)
+    if layers and not any(layer.enabled for layer in layers.values()):
+        raise ValueError("the adapters are disabled, so the model computes its base; enable them before merging, or peftkit.detach")
     chosen = {name for layer in layers.values() for name in layer.chosen}
     resting = [name for name, methods in record.by_adapter.items() if name not in chosen and any(method.swaps_layers for method in methods)]
     if resting and not chosen:
@@ -68,17 +71,36 @@ def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Mo
     dequantize_experts(model)
     forget(model)
     _forget_quantization(model)
+    _untie(model)
     return model
 
 
 def _forget_quantization(model: nn.Module) -> None:
     """Takes transformers' marks of a quantised model away, so that it saves and moves like a plain one."""
     config = getattr(model, "config", None)
+    marks = ["is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer"]
     if config is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
-    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer", "hf_device_map"):
+        if len(set(getattr(model, "hf_device_map", {}).values())) < 2:  # over several devices its hooks stay, and who trains it must know
+            marks.append("hf_device_map")
+    for mark in marks:
         if mark in vars(model):
             delattr(model, mark)
+
+
+def _untie(model: nn.Module) -> None:
+    """Where a head and an embedding were one weight and are two now, says so in the config: `tie_weights` would make them one again."""
+    config: Any = getattr(model, "config", None)
+    head, embedding = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input"))
+    if config is None or head is None or embedding is None or head.weight is embedding.weight:
+        return
+    for each in (config, config.get_text_config()):
+        if getattr(each, "tie_word_embeddings", False):
+            each.tie_word_embeddings = False
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for key, other in list(tied.items()):
+        if model.get_parameter(key) is not model.get_parameter(other):
+            del tied[key]
 
 
 def compare_logits(before: Tensor, after: Tensor) -> MergeCheck:

@@ -88,14 +88,28 @@ def _from_hub(what: str, name: str, load: Any, **options: Any) -> Any:
     try:
         return load(locate(name), **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(locate(name)).is_dir():
-            raise ConfigError(f"model: cannot load the {what} of {name!r}: {reason}\n  the folder is not whole: copy or download it again") from error
-        raise ConfigError(
-            f"model: cannot load the {what} of {name!r}: {reason}\n"
-            "  a name that is no local folder is looked up on the Hugging Face hub: check its spelling, the network, "
-            "HF_HUB_OFFLINE, and for gated models `hf auth login`"
-        ) from error
+        raise _cannot_load(what, name, error) from error
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> ConfigError:
+    """What a person can do about it: transformers uses one class of error for a file that is missing and for a model that it does not know."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    told = f"model: cannot load the {what} of {name!r}: {reason[:300]}"
+    if "Unrecognized configuration class" in reason:
+        return ConfigError(
+            f"model: {name!r} is no language model of text: transformers has no causal or encoder-decoder one for its "
+            f"{reason.partition('configuration class ')[2].split(' for ')[0]}"
+        )
+    if isinstance(error, ImportError) or "attn_implementation" in reason or "does not support an attention" in reason:
+        return ConfigError(told)
+    if "does not recognize this architecture" in str(error):
+        return ConfigError(f"{told}\n  this version of transformers does not know it: a newer one may")
+    if Path(locate(name)).is_dir():
+        return ConfigError(f"{told}\n  the folder is not whole: copy or download it again")
+    return ConfigError(
+        f"{told}\n  a name that is no local folder is looked up on the Hugging Face hub: check its spelling, the network, "
+        "HF_HUB_OFFLINE, and for gated models `hf auth login`"
+    )
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
@@ -113,6 +127,14 @@ def model_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if reads_with_encoder(config) else AutoModelForCausalLM
 
 
+def from_config(config: Any, name: str, **options: Any) -> PreTrainedModel:
+    """A model of a config with new weights, or with none where the caller has set the device meta. Raises ConfigError for one that is no language model."""
+    try:
+        return model_class(config).from_config(config, **options)
+    except (ValueError, ImportError) as error:
+        raise _cannot_load("architecture", name, error) from error
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model; None where its folder holds none."""
     place = Path(locate(name))
@@ -125,7 +147,7 @@ def _unquantizable(name: str, revision: str | None) -> list[str]:
     """The linears that must stay as they are on a CPU, with the head; empty where all can be in 4 bits."""
     config = load_config(name, revision)
     with torch.device("meta"):
-        skeleton = model_class(config).from_config(config)
+        skeleton = from_config(config, name)
     head = output_head(skeleton)
     left = [n for n, m in skeleton.named_modules() if quant.misread_on_cpu(m) and m is not head]
     if not left:

@@ -16,7 +16,14 @@ Schedule = Callable[[int], float]
 
 def optimizer_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[Group]:
     """One group per adapter and role of what trains, as the attached methods want them; every group has the weight decay."""
-    groups = parameter_groups(model, find_attachment(model), learning_rate, weight_decay)
+    groups: list[Group] = []
+    taken: set[int] = set()
+    # A model that holds an adapted one (the language model of a vision model, say) is asked after it, for the rest.
+    for holder in [*(each for each in model.modules() if each is not model and find_attachment(each) is not None), model]:
+        for group in parameter_groups(holder, find_attachment(holder), learning_rate, weight_decay):
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+            taken.update(map(id, group["params"]))
+            groups += [group] if group["params"] else []
     if not groups:
         raise ValueError("nothing trains in this model; call peftkit.attach first, or unfreeze what is to train")
     return groups
@@ -31,8 +38,7 @@ def build_optimizer(
     it and the model is on a GPU. Raises ValueError where nothing trains.
     """
     groups = optimizer_groups(model, learning_rate, weight_decay)
-    record = find_attachment(model)
-    methods = record.methods if record is not None else []
+    methods = [method for each in model.modules() if (record := find_attachment(each)) is not None for method in record.methods]
     on_gpu = groups[0]["params"][0].is_cuda
     if optimizer == "auto":
         optimizer = "paged_adamw_8bit" if on_gpu and any(method.paged_optimizer for method in methods) else "adamw"

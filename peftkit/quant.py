@@ -209,3 +209,14 @@ def paged_adamw_8bit(groups: list[dict], **options: Any) -> torch.optim.Optimize
     import bitsandbytes
 
     return bitsandbytes.optim.PagedAdamW8bit(groups, **options)
+
+
+def page_again(optimizer: torch.optim.Optimizer) -> None:
+    """Has the states of a paged optimizer paged again: reading a checkpoint leaves plain tensors, which stay on the GPU whether or not it is full."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if (read := state.get(name)) is not None and not getattr(read, "is_paged", False):
+                state[name] = optimizer.get_state_buffer(parameter, dtype=read.dtype)  # type: ignore[attr-defined]
+                state[name].copy_(read)

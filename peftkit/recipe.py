@@ -45,10 +45,11 @@ class Recipe(Config):
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": rows})})
 
 
-def load_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), elsewhere: bool = False) -> Recipe:
     """The recipe in a YAML file, a dict or as it is, with `key=value` overrides, validated as a whole.
 
-    Raises ConfigError with file, line, key and a suggestion for everything that is wrong with it.
+    elsewhere: it is to run on another machine, so what this one lacks is no matter. Raises ConfigError with file, line, key
+    and a suggestion for everything that is wrong with it.
     """
     if isinstance(recipe, Recipe):
         if not overrides:
@@ -59,7 +60,7 @@ def load_recipe(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
     methods = from_recipe(source.data.get("methods", []), source)
     source.data["methods"] = to_recipe(methods)
     found = validate(Recipe, source)
-    _check(found, methods, source)
+    _check(found, methods, source, elsewhere)
     return found
 
 
@@ -77,7 +78,7 @@ def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     return found
 
 
-def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
+def _check(recipe: Recipe, methods: list[Method], source: Source, elsewhere: bool) -> None:
     """What no single stage can see."""
 
     def wrong(keys: tuple[str, ...], problem: str) -> ConfigError:
@@ -106,7 +107,7 @@ def _check(recipe: Recipe, methods: list[Method], source: Source) -> None:
         raise wrong(("train", "compile"), "compiled blocks under gradient checkpointing are not tried here; leave one of the two out")
     if recipe.model.dtype == "float16":
         raise wrong(("model", "dtype"), "training in float16 would lose small gradients without loss scaling; use bfloat16 or float32")
-    if recipe.train.optimizer == "paged_adamw_8bit":
+    if recipe.train.optimizer == "paged_adamw_8bit" and not elsewhere:
         import torch
 
         if not torch.cuda.is_available():

@@ -25,7 +25,7 @@ from peftkit.amounts import human
 from peftkit.check import unreached
 from peftkit.checkpoint import CheckpointError
 from peftkit.config import ConfigError
-from peftkit.model import load_config, load_tokenizer, model_class, reads_with_encoder
+from peftkit.model import from_config, load_config, load_tokenizer, reads_with_encoder
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.result import Result
 from peftkit.run import run
@@ -57,7 +57,7 @@ def rehearse(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[s
     if steps < 1:
         raise ConfigError(f"--steps: {steps} is not a number of steps to train; give 1 or more")
     beside = Path(recipe).parent if isinstance(recipe, (str, Path)) else Path()
-    recipe = load_recipe(recipe, overrides)
+    recipe = load_recipe(recipe, overrides, elsewhere=True)
     report = Rehearsal(recipe)
     console = console or Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as place:
@@ -125,10 +125,10 @@ def _stand_in_model(recipe: Recipe, beside: Path, folder: Path, report: Rehearsa
     small = shrink(config, tokenizer, rank, all_layers=any(method.layers_to_transform is not None for method in swapping))
     set_seed(0)
     with torch.device("meta"):
-        skeleton = model_class(small).from_config(small)
+        skeleton = from_config(small, name)
     if skeleton.num_parameters() > LARGEST:
         raise ConfigError(f"model: a config of type {config.model_type} has sizes that a rehearsal does not know how to shrink")
-    model = model_class(small).from_config(small)
+    model = from_config(small, name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report.real.append(f"architecture: {type(model).__name__}, {', '.join(_kinds(small))}")
@@ -241,6 +241,9 @@ def _stand_in_recipe(recipe: Recipe, tokenizer: Any, pairs: bool, beside: Path, 
     if recipe.model.attention == "flash_attention_2" and not torch.cuda.is_available():
         small["model"]["attention"] = "auto"
         report.stood_in.append("attention: transformers' choice, since flash attention needs a GPU")
+    if recipe.train.optimizer == "paged_adamw_8bit" and not torch.cuda.is_available():
+        small["train"]["optimizer"] = "adamw"
+        report.stood_in.append("optimizer: adamw, since the paged one needs a GPU")
     small["output_dir"] = str(work / "run")
     changes: list[tuple[str, Any, Any]] = [("max_length", recipe.data.max_length, length), ("batch_size", recipe.train.batch_size, batch)]
     changes.append(("micro_batch_size", recipe.train.micro_batch_size or batch, micro or batch))

@@ -28,6 +28,7 @@ from peftkit.energy import energy_joules
 from peftkit.folder import MICRO_BATCH_FILE, must_have_room, must_not_replace, open_folder, start_folder
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
+from peftkit.memory import forget_peak
 from peftkit.model import load, load_config, load_tokenizer, reads_with_encoder, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe
@@ -49,6 +50,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     accelerator = one_accelerator(recipe)
     console.quiet = console.quiet or not accelerator.is_main_process
     folder = open_folder(recipe, resume)
+    forget_peak()
     if not resume:
         must_not_replace(folder, recipe)
 
@@ -63,6 +65,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     if recipe.data.packing:
         data.check_isolation(model)
     handles = {}
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # by design, such as Marian's positions
     if not recipe.train.full_finetuning or recipe.methods:
         try:
             summary = methods.attach(model, recipe.build_methods())
@@ -73,7 +76,8 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
         if recipe.train.optimizer == "auto" and accelerator.device.type != "cuda" and any(m.paged_optimizer for m in recipe.build_methods()):
             console.print("no GPU: AdamW runs instead of the paged 8-bit AdamW that qlora would take", highlight=False)
     if recipe.train.full_finetuning:
-        model.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in fixed)
     training.enable_checkpointing(model, recipe.train.gradient_checkpointing)
     if recipe.train.compile:
         try:
@@ -103,6 +107,8 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     before = scores.before(folder, resume) if recipe.eval.before else {}
     if accelerator.num_processes > 1:  # after what all must start from alike: each drops out its own units
         torch.manual_seed(recipe.train.seed + accelerator.process_index)
+        for handle in handles.values():
+            handle.on_process(accelerator.process_index)
     accelerator.init_trackers("peftkit", flat(recipe.model_dump()))
     energy = None if resume else energy_joules()  # of a resumed run only its last part would be counted
     try:
@@ -110,7 +116,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     except Interrupted as interrupted:
         interrupted.add_note(f"go on with: {resume_line(given, overrides, accelerator.num_processes, accelerator.device.type)}")
         raise
-    used = {} if energy is None else {"energy_joules": (energy_joules() or 0.0) - energy}
+    used = energy_used(energy)
     accelerator.wait_for_everyone()
     adapter = save(model, tokenizer, recipe, folder) if accelerator.is_main_process else {}  # before anything else can fail
     after = scores.score("after", folder / "predictions.jsonl")
@@ -121,10 +127,19 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     if accelerator.is_main_process:
         write_json(folder / "result.json", result.to_json())
         plot_loss(folder / "metrics.jsonl", folder / "loss.png", before.get("loss"), after.get("loss"))
+        if not recipe.train.keeps_checkpoints:  # but the one that a stop during the last evaluation would have gone on from
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 
 # ------------------------------------------------------------------------------------------------- the steps of the way
+
+
+def energy_used(before: float | None) -> dict[str, float]:
+    """The energy of training over the GPUs of all processes, where they tell it."""
+    each = [None if before is None else (energy_joules() or 0.0) - before]
+    told = [joules for joules in gather_object(each) if joules is not None]
+    return {"energy_joules": sum(told)} if told else {}
 
 
 def one_accelerator(recipe: Recipe) -> Accelerator:
@@ -181,6 +196,8 @@ def load_sets(recipe: Recipe, tokenizer: Any, console: Console, splits: Sequence
     generating = [metric for metric in recipe.eval.metrics if metric in evaluate.GENERATING]
     for name in recipe.eval.retained + (["eval"] if generating else []):
         evaluate.must_have_answers(generating, name, sets[name])
+    if "rouge" in generating:
+        evaluate.must_have_words([example.answer for example in sets["eval"]])
     if "choice_accuracy" in recipe.eval.metrics:
         questions, notes = data.load_choices(recipe.data, tokenizer, recipe.eval.choices, pairs)
         sets["choices"] = [evaluate.ChoiceRow(q.where, q.candidates, q.correct) for q in questions]
@@ -295,13 +312,14 @@ def train(
             lengths=sets["train"].lengths if grouped else None, rows_id=sets["train"].checksum,
             where=lambda row: [example.where for example in row],
             evaluate=scores.loss_now if sets["eval"] else None, on_evaluation=on_evaluation, tripwires=tripwires,
+            saves_last=recipe.train.keeps_checkpoints or not recipe.train.full_finetuning,  # of all weights it would be thrice the model
         )  # fmt: skip
 
 
 def to_batch(rows: Sequence[Sequence[data.Example]], loss: TokenLoss) -> dict[str, Any]:
     """The loss's input for packed or single rows, on the model's device."""
     model: Any = loss.model
-    pad = model.config.pad_token_id or 0
+    pad = getattr(model.config, "pad_token_id", None) or getattr(model.config.get_text_config(), "pad_token_id", None) or 0
     batch = data.collate_pairs([example for row in rows for example in row], pad) if reads_with_encoder(model.config) else data.collate(rows, pad, widths=True)
     return {key: value.to(model.device) for key, value in batch.items() if key != "document_lengths"}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from peftkit.checkpoint import CheckpointError
@@ -20,7 +22,8 @@ ROWS, LENGTH = 4, 64  # of the tokens on which models are compared
 def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False) -> None:
     """Saves a model with its tokenizer beside `target`, reads it back and compares logits bit for bit, and only then replaces `target`.
 
-    keep: what was written stays beside where it could not be verified, because it cannot be made again. Memory holds the model twice for that while.
+    keep: what was written stays beside, as `unverified-<name>`, where it could not be verified, because it cannot be made again; no later run clears it
+    away. Memory holds the model twice for that while.
     Raises CheckpointError where what was read back computes something else.
     """
     target = target.resolve()
@@ -28,7 +31,10 @@ def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
     folder = beside / target.name
     try:
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # its own for a disk that is full
+            raise CheckpointError(f"the model could not be written to {folder}: {error}; make room there") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         again, _ = load(str(folder), None, model.dtype, model.device, getattr(model.config, "_attn_implementation", None) or "auto")
@@ -41,11 +47,18 @@ def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False)
         folder.rename(target)
     except BaseException as error:
         if keep and folder.exists():
-            error.add_note(f"what was written is kept in {folder}")
-        else:
-            shutil.rmtree(beside)
+            kept = free_name(target.with_name(f"unverified-{target.name}"))
+            folder.rename(kept)
+            error.add_note(f"what was written is kept in {kept}, and stays until you remove it")
+        shutil.rmtree(beside)
         raise
     beside.rmdir()
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that is not there."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from peftkit import quant
 from peftkit.activations import Checkpointing, enable_checkpointing
 from peftkit.checkpoint import CheckpointError, checkpoints, load_checkpoint, restore_parameters, save_checkpoint
 from peftkit.config import Config
@@ -95,7 +96,12 @@ class TrainConfig(Config):
 
     def steps(self, rows: int) -> int:
         """Optimizer steps for a training set of `rows` rows."""
-        return self.max_steps or math.ceil(rows * (self.num_epochs or 1.0) / self.batch_size)
+        return self.max_steps or math.ceil(round(rows * (self.num_epochs or 1.0) / self.batch_size, 6))  # 1.1 * 100 is 110.00000000000001
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether any stay when all is done."""
+        return bool(self.save_every or (self.eval_every and self.keep_best))
 
 
 @dataclass
@@ -174,6 +180,7 @@ def train(
     evaluate: Callable[[], float] | None = None,
     on_evaluation: Callable[[int, float], None] = lambda step, loss: None,
     tripwires: Tripwires | None = None,
+    saves_last: bool = False,
 ) -> TrainStats:
     """Trains `model` through `loss` on `rows`; checkpoints go to `folder`, metrics of every step to `on_step`.
 
@@ -182,7 +189,7 @@ def train(
     similar length share a step. `rows_id` tells these rows from others: a checkpoint that was written for others is refused. Losses are summed over the
     micro-batches and devices of a step and divided once by the step's supervised tokens, so that accumulation does not change them; the host waits for
     the device once a step. With `autocast` the forward runs in bfloat16 over weights of higher precision. `evaluate` gives the loss on the evaluation set,
-    every config.eval_every steps.
+    every config.eval_every steps. `saves_last` writes a checkpoint of the last step too: who is stopped after the training need not train again.
 
     Raises TrainingStopped where a tripwire trips, Interrupted after a signal and its checkpoint, CheckpointError where a checkpoint cannot be
     written or read.
@@ -202,6 +209,7 @@ def train(
         restore_parameters(model, tensors)
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        quant.page_again(optimizer)
         stats = TrainStats(**state["stats"])
         if (count := len(rows), rows_id) != tuple(state["rows"]):
             raise CheckpointError(
@@ -222,10 +230,12 @@ def train(
         devices = gather_object([randomness(handles)])
         tripwires.base_unchanged(f"up to step {stats.steps}")
         path = folder / f"step-{stats.steps:06d}"
-        if accelerator.is_main_process:
-            state = {name: part.state_dict() for name, part in parts.items()} | {"stats": vars(stats), "devices": devices, "rows": [len(rows), rows_id]}
-            path = save_checkpoint(folder, stats.steps, trained, state, config.keep_last, keep=evaluations.steps)
-        accelerator.wait_for_everyone()
+        try:
+            if accelerator.is_main_process:
+                state = {name: part.state_dict() for name, part in parts.items()} | {"stats": vars(stats), "devices": devices, "rows": [len(rows), rows_id]}
+                path = save_checkpoint(folder, stats.steps, trained, state, config.keep_last, keep=evaluations.steps)
+        finally:
+            accelerator.wait_for_everyone()
         return path
 
     first, prepared = stats.steps, accelerator.prepare(loss)
@@ -274,6 +284,11 @@ def train(
                     raise Interrupted(signals, step, path)
         if signals := _to_host(accelerator, zero := torch.zeros((), device=accelerator.device), zero, interrupts.number)[2]:
             raise Interrupted(signals, stats.steps, save())  # it came after the last step was taken
+    if saves_last and stats.steps > first:
+        try:
+            save()
+        except CheckpointError as error:  # what was trained is written in a moment, and takes less room
+            logger.warning("%s", error)
     tripwires.base_unchanged("at the end")
     _end_with_the_best(model, evaluations, folder, stats.steps)
     return stats

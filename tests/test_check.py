@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
+from transformers import ViTConfig
 
 import peftkit as pk
 from peftkit.check import check, histogram
 from peftkit.cli import main
 from peftkit.config import ConfigError
 from peftkit.folder import must_have_room
+from peftkit.model import load_tokenizer
+from peftkit.rehearse import rehearse
 from peftkit.train import TrainConfig
 
 DOCS = Path(__file__).parents[1] / "docs" / "check.md"
@@ -188,3 +191,22 @@ def test_rows_without_choices_are_refused(tmp_path):
         check(settings)
     rows.write_text(rows.read_text().replace("maybe", "yes"))
     assert any("3 of 3 rows with choices" in line for line in check(settings).sections["data"])
+
+
+def test_a_gpu_elsewhere_may_have_what_this_machine_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    paged = recipe(tmp_path, train={"max_steps": 2, "optimizer": "paged_adamw_8bit"})
+    with pytest.raises(ConfigError, match="paged_adamw_8bit needs a GPU"):
+        check(paged)
+    assert "peak" in text(check(paged, gpu="24GB"))
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_what_is_no_language_model_of_text_is_said(quantize, tmp_path):
+    """A vision or speech model: the folder is whole, and downloading it again would not help."""
+    ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64).save_pretrained(tmp_path / "vit")
+    load_tokenizer("builtin:tiny").save_pretrained(tmp_path / "vit")
+    for what in (check, pk.run, rehearse):
+        with pytest.raises(ConfigError, match=r"is no language model of text: .*ViTConfig") as wrong:
+            what(recipe(tmp_path, model={"name": str(tmp_path / "vit"), "quantize": quantize}))
+        assert "not whole" not in str(wrong.value)

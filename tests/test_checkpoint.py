@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import quantized_llama, tiny_gpt2, tiny_llama, wake
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -255,3 +255,19 @@ def test_adapter_state_is_by_peft_s_keys():
     prefix = "base_model.model.model.layers.0.self_attn.q_proj."
     assert {f"{prefix}lora_A.weight", f"{prefix}lora_B.weight", f"{prefix}lora_magnitude_vector"} < adapter_state(model).keys()
     assert len(adapter_state(model)) == 6
+
+
+def test_an_adapter_of_another_kind_of_model_is_refused_whole(tmp_path):
+    """One of a classifier: its head is no module of a language model."""
+    model, _ = pk.load("builtin:tiny", dtype="float32")
+    pk.attach(model, pk.LoRA(r=2, modules_to_save=["lm_head"]))
+    pk.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["score"]}))
+    state = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    save_file({key.replace("lm_head", "score"): tensor for key, tensor in state.items()}, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "adapter/peftkit.json").unlink()
+    fresh, _ = pk.load("builtin:tiny", dtype="float32")
+    with pytest.raises(CheckpointError, match=r"does not fit this LlamaForCausalLM, nothing was loaded: .*score"):
+        pk.load_adapter(fresh, tmp_path / "adapter")
+    assert not adapter_layers(fresh)

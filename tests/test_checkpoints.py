@@ -22,7 +22,7 @@ import peftkit as pk
 from peftkit import cli
 from peftkit.checkpoint import CheckpointError, checkpoints, load_checkpoint, save_checkpoint
 from peftkit.config import ConfigError
-from peftkit.interrupts import ECHO, Interrupted, Interrupts
+from peftkit.interrupts import ECHO, Interrupted, Interrupts, StoppedAtOnce
 from peftkit.recipe import load_recipe
 from peftkit.run import resume_line
 from peftkit.train import Evaluations, prefetched
@@ -187,8 +187,9 @@ def test_a_second_signal_ends_at_once_and_other_threads_leave_signals_alone():
         signal.raise_signal(signal.SIGINT)  # an echo
         assert interrupts.number == signal.SIGTERM
         interrupts.since -= ECHO + 1
-        with pytest.raises(KeyboardInterrupt, match="SIGTERM twice"):
+        with pytest.raises(StoppedAtOnce, match=r"SIGTERM twice.*--resume") as stopped:
             signal.raise_signal(signal.SIGTERM)
+        assert stopped.value.exit_code == 143
     seen = []
 
     def elsewhere() -> None:

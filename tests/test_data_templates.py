@@ -10,7 +10,7 @@ from chat_templates import FAMILIES, family_tokenizer
 from peftkit.config import ConfigError
 from peftkit.data import DataConfig, Example, load_examples, marked_row, render
 from peftkit.data.encode import Encoder
-from peftkit.data.formats import Row
+from peftkit.data.formats import Row, as_messages
 from peftkit.data.render import Renderer
 
 CHAT = {"messages": [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"), ("user", "sum?"), ("assistant", "4 é"))]}
@@ -172,3 +172,30 @@ def test_a_header_without_a_generation_prompt_is_no_part_of_the_answer(answer):
     tokenizer.chat_template = "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content + '<|im_end|>' }}{% endfor %}"
     example = render({"prompt": "hi", "completion": answer}, tokenizer, DataConfig(train="x"))
     assert marked_row(example, tokenizer) == f"USER: hi<|im_end|>ASSISTANT: [[{answer}<|im_end|>]]"
+
+
+@pytest.mark.parametrize("markers", [False, True])
+def test_rows_with_tools_are_written_by_the_template_that_is_for_them(markers):
+    """Some tokenizers have two templates, `default` and `tool_use`; a row without tools keeps the first."""
+    chat = family_tokenizer("chatml")
+    begin, end = ("{% generation %}", "{% endgeneration %}") if markers else ("", "")
+    turn = "{{ m.role }}: {% if m.role == 'assistant' %}" + begin + "{{ m.content }}!{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}"
+    turn = "{% for m in messages %}" + turn + "<|im_end|>" + end + "{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
+    turn += "{% if add_generation_prompt %}assistant: {% endif %}"
+    chat.chat_template = {"default": turn.replace("!", ""), "tool_use": "{{ tools | length }} tools\n" + turn}
+    call = {"type": "function", "function": {"name": "sky", "arguments": {}}}
+    row = {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "Look", "tool_calls": [call]}]}
+    plain = render({"messages": [*row["messages"][:1], {"role": "assistant", "content": "Look"}]}, chat, DataConfig(train="unused"))
+    assert marked_row(plain, chat) == "user: w?\nassistant: [[Look<|im_end|>]]\n" and plain.answer == "Look"
+    example = render(row | {"tools": [{"name": "sky"}]}, chat, DataConfig(train="unused"))
+    assert marked_row(example, chat) == "1 tools\nuser: w?\nassistant: [[Look!<sky><|im_end|>]]\n"
+    assert example.answer == "Look!<sky>"  # what is asked for is the call too
+
+
+def test_results_of_tools_belong_to_the_call_they_name():
+    calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": {}}} for name in ("sun", "rain")]
+    results = [{"role": "tool", "content": name, "tool_call_id": name} for name in ("rain", "sun", "snow")]
+    turns = as_messages([{"role": "assistant", "content": None, "tool_calls": calls}, *results], "messages")
+    assert [turn.get("name") for turn in turns[1:]] == ["rain", "sun", None]
+    unnamed = as_messages([{"role": "assistant", "content": None, "tool_calls": calls}, *({"role": "tool", "content": "x"} for _ in calls)], "messages")
+    assert [(turn["name"], turn["tool_call_id"]) for turn in unnamed[1:]] == [("sun", "sun"), ("rain", "rain")]

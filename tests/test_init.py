@@ -461,3 +461,22 @@ def test_stacked_starts_add_up(ids):
             both[name] = both[name] - layer.delta()
     for name, layer in layers_of(model).items():
         torch.testing.assert_close(both[name], layer.base_layer.weight.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_state_dict_holds_the_start_that_is_taken_off(method, ids):
+    """Keys and shapes of an adapter that begins elsewhere are the same, and what it computes is not: a strict load must not pass."""
+    model = tiny_llama()
+    pk.attach(model, pk.LoRA(r=4, init=method))
+    wake(model)
+    wanted, state = model.eval()(input_ids=ids).logits, model.state_dict()
+    again = tiny_llama()
+    pk.attach(again, pk.LoRA(r=4, init=method))
+    again.load_state_dict(state)
+    assert torch.equal(again.eval()(input_ids=ids).logits, wanted)
+    other = tiny_llama()
+    pk.attach(other, pk.LoRA(r=4))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*starts\.default\.a"):
+        other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing key.*starts\.default\.a"):
+        again.load_state_dict(other.state_dict())

@@ -458,3 +458,108 @@ def test_every_layer_method_trains_and_detaches_on_a_model(name, saved_llama, id
     assert dict(model.named_modules()) == modules
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
+
+
+# --------------------------------------------------------------------------------------- as a Hugging Face user uses them
+
+
+def test_an_optimizer_of_what_stands_around_an_adapted_model_has_its_adapters():
+    """The trap: a value head beside, a vision tower around, two devices: the adapters were left out, and never moved."""
+    model = tiny_llama()
+    pk.attach(model, [pk.LoRA(r=2), pk.LoRAPlus(ratio=4)])
+    alone = pk.build_optimizer(model, learning_rate=1e-3)
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.value = model, nn.Linear(64, 1)
+
+    found = pk.build_optimizer(Around(), learning_rate=1e-3)
+    sizes = {(group["adapter"], group["role"]): (group["lr"], len(group["params"])) for group in found.param_groups}
+    assert sizes == {(group["adapter"], group["role"]): (group["lr"], len(group["params"])) for group in alone.param_groups} | {(None, "full"): (1e-3, 2)}
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        groups = pk.build_optimizer(wrapped, learning_rate=1e-3).param_groups
+        assert [(g["lr"], len(g["params"])) for g in groups] == [(g["lr"], len(g["params"])) for g in alone.param_groups]
+        with pytest.raises(ValueError, match="attach to the model itself"):
+            pk.attach(wrapped, pk.LoRA(), adapter="more")
+
+
+def test_noise_follows_an_embedding_that_is_resized(ids):
+    model, _ = noisy()
+    model.resize_token_embeddings(128)
+    heard = Listener(model)
+    model.train()(input_ids=ids)
+    model(input_ids=ids)
+    assert heard.noise[-1].any(), "transformers made a new embedding"
+    pk.detach(model)
+    heard.noise.clear()
+    model.train()(input_ids=ids)
+    assert not heard.noise[-1].any()
+
+
+def test_the_base_in_train_mode_has_no_noise(ids):
+    """A DPO reference, computed with gradients on: what is meant is the frozen base."""
+    model, heard = noisy()
+    with pk.adapters_disabled(model):
+        reference = model(input_ids=ids).logits
+    assert not heard.noise[-1].any()
+    assert torch.equal(reference, tiny_llama(max_position_embeddings=512).train()(input_ids=ids).logits)
+    model(input_ids=ids)
+    assert heard.noise[-1].any()
+
+
+def test_an_embedding_called_by_itself_is_told_nothing_of_the_batch_before():
+    model, heard = noisy()
+    ids = torch.randint(3, 96, (1, 8))
+    model(input_ids=ids, attention_mask=torch.tensor([[1] * 4 + [0] * 4]))
+    assert not heard.noise[-1][:, 4:].any()
+    model.get_input_embeddings()(ids)
+    assert heard.noise[-1][:, 4:].any(), "its rows have no padding that anybody told of"
+    embedding = model.get_input_embeddings()
+    assert torch.equal(embedding(torch.tensor([5, 7])), embedding.weight[[5, 7]])
+
+
+def test_a_head_that_is_read_instead_of_called_has_its_trained_rows(ids):
+    """trl's losses take lm_head.weight: rows that train there would get no gradient, and the loss be another model's."""
+    for tie in (True, False):
+        model = tiny_llama(tie_word_embeddings=tie)
+        pk.attach(model, pk.LoRA(r=2, trainable_tokens=[5, 9] if tie else {"embed_tokens": [5, 9], "lm_head": [5, 9]}))
+        wake(model)
+        hidden = model.model(input_ids=ids).last_hidden_state
+        read = nn.functional.linear(hidden, model.lm_head.weight)
+        torch.testing.assert_close(read, model(input_ids=ids).logits)
+        read.sum().backward()
+        rows = next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name and (tie or "lm_head" in name))
+        assert rows.grad.any()
+        with pk.adapters_disabled(model):
+            assert model.lm_head.weight is model.lm_head.base_layer.weight
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_merged_head_is_not_tied_again(target, ids):
+    """The config said that they were one weight: whoever believed it lost the update."""
+    model = tiny_llama(tie_word_embeddings=True)
+    pk.attach(model, pk.LoRA(r=2, target_modules=["q_proj", target]))
+    wake(model)
+    wanted = model.eval()(input_ids=ids).logits
+    pk.merge(model)
+    assert not model.config.tie_word_embeddings
+    model.tie_weights()
+    model.resize_token_embeddings(96)
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    tied = tiny_llama(tie_word_embeddings=True)
+    pk.attach(tied, pk.LoRA(r=2))
+    assert pk.merge(tied).config.tie_word_embeddings and tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_saving_and_merging_what_is_switched_off(tmp_path, ids):
+    model = tiny_llama()
+    pk.attach(model, pk.LoRA(r=2))
+    model.disable_adapters()
+    model.save_pretrained(tmp_path / "adapter")
+    assert pk.load_adapter(tiny_llama(), tmp_path / "adapter") is not None
+    with pytest.raises(ValueError, match="the adapters are disabled, so the model computes its base"):
+        pk.merge(model)
+    pk.set_adapter(model, [])
+    with pytest.raises(ValueError, match=r"no adapter is active, so there is none to save; choose one with peftkit.set_adapter"):
+        model.save_pretrained(tmp_path / "other")

@@ -297,3 +297,26 @@ def test_linears_whose_width_the_cpu_kernels_misread_stay_unquantised(tmp_path, 
     layer = model.model.layers[0].mlp
     assert quant.is_4bit(layer.up_proj) and not quant.is_4bit(layer.down_proj) and not quant.is_4bit(model.lm_head)
     assert "2 linears" in caplog.text and "down_proj" in caplog.text
+
+
+def test_states_read_from_a_checkpoint_are_paged_again():
+    """On a GPU: bitsandbytes' own load_state_dict makes plain tensors of them, and a run that fitted by paging alone would not fit again."""
+
+    class Paged(torch.optim.SGD):
+        is_paged = True
+
+        def get_state_buffer(self, parameter, dtype):
+            buffer = torch.zeros_like(parameter, dtype=dtype)
+            buffer.is_paged = True
+            return buffer
+
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = Paged([weight], lr=1.0)
+    optimizer.state[weight] = {"step": 3, "state1": torch.tensor([1, 2, 3, 4], dtype=torch.uint8), "state2": torch.ones(4), "absmax1": torch.ones(1)}
+    quant.page_again(optimizer)
+    state = optimizer.state[weight]
+    assert state["state1"].is_paged and state["state1"].tolist() == [1, 2, 3, 4] and state["state1"].dtype == torch.uint8
+    assert state["state2"].is_paged and state["step"] == 3 and not hasattr(state["absmax1"], "is_paged")
+    kept = state["state1"]
+    quant.page_again(optimizer)
+    assert optimizer.state[weight]["state1"] is kept

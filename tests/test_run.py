@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_llama
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import peftkit as pk
@@ -24,8 +27,11 @@ from peftkit.data import DataOrder, Example, collate
 from peftkit.loss import TokenLoss
 from peftkit.optim import build_optimizer
 from peftkit.quant import quantized_modules
+from peftkit.run import Scorer, to_batch
 from peftkit.train import TrainConfig, TrainingStopped, enable_checkpointing, train
 from peftkit.use import find_origin, load_for
+
+run_module = importlib.import_module("peftkit.run")  # the package's `run` is the function
 
 
 def recipe(folder: Path, **train_options) -> dict:
@@ -259,13 +265,14 @@ def test_a_full_model_that_is_not_what_was_trained_is_never_left(tmp_path, monke
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", lossy)
     made = recipe(tmp_path / "full", full_finetuning=True, max_steps=1, learning_rate=1.0e-4)
-    with pytest.raises(CheckpointError, match="read back from disk is not the one in memory"):
+    with pytest.raises(CheckpointError, match="read back from disk is not the one in memory") as failed:
         pk.run(made | {"methods": [], "model": {"name": "builtin:tiny"}})
-    assert not (tmp_path / "full/model").exists()
-    assert next(tmp_path.glob("full/.writing-*/model/model.safetensors"))  # it cannot be made again
+    assert not (tmp_path / "full/model").exists() and "unverified-model, and stays until" in failed.value.__notes__[0]
+    assert (tmp_path / "full/unverified-model/model.safetensors").exists()  # it cannot be made again
     monkeypatch.undo()
-    pk.run(made | {"methods": [], "model": {"name": "builtin:tiny"}})
+    pk.run(made | {"methods": [], "model": {"name": "builtin:tiny"}}, resume=True)
     assert not list(tmp_path.glob("full/.writing-*")) and (tmp_path / "full/model/model.safetensors").exists()
+    assert (tmp_path / "full/unverified-model/model.safetensors").exists()  # nobody but its owner clears it away
 
 
 def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
@@ -318,3 +325,84 @@ def test_what_a_run_of_another_recipe_has_trained_is_not_cleared_away(tmp_path):
         pk.run(recipe(tmp_path / "run", max_steps=2, save_every=None))
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
     pk.run(recipe(tmp_path / "run", max_steps=1, save_every=None))  # the same one may run again
+
+
+# --- after the last step ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_stop_during_the_last_evaluation_costs_no_training(full, tmp_path, monkeypatch):
+    """The trap: all steps are done, the adapter is written, and what comes then is killed: everything was trained again, or cleared away."""
+    made = recipe(tmp_path / "run", max_steps=3, **({"full_finetuning": True, "learning_rate": 1e-4} if full else {"save_every": None}))
+    made |= {"methods": [], "model": {"name": "builtin:tiny"}} if full else {}
+    whole = pk.run(made | {"output_dir": str(tmp_path / "whole")})
+    real = Scorer.score
+
+    def killed(self, when, predictions):
+        if when == "after":
+            raise KeyboardInterrupt
+        return real(self, when, predictions)
+
+    monkeypatch.setattr(Scorer, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pk.run(made)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="holds an unfinished run with checkpoints; go on with --resume"):
+        pk.run(made)
+    monkeypatch.setattr(Accelerator, "backward", lambda *_, **__: pytest.fail("it trains again"))
+    again = pk.run(made, resume=True)
+    assert again.after == whole.after and again.train["steps"] == 3
+    assert (tmp_path / "run/checkpoints").exists() == full  # kept where they were asked for
+
+
+def test_a_model_whose_run_did_not_end_is_not_cleared_away(tmp_path):
+    """All weights train and no checkpoints are asked for: the model is all there is."""
+    made = recipe(tmp_path / "run", full_finetuning=True, max_steps=1, learning_rate=1e-4, save_every=None)
+    made |= {"methods": [], "model": {"name": "builtin:tiny"}}
+    pk.run(made)
+    assert not (tmp_path / "run/checkpoints").exists()
+    (tmp_path / "run/result.json").unlink()
+    with pytest.raises(ConfigError, match=r"run/model was trained, and the run did not end after that.*peftkit eval"):
+        pk.run(made)
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+def test_a_disk_that_is_full_at_the_end_is_told(tmp_path, monkeypatch):
+    """safetensors has an error of its own for that, which is no OSError."""
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    model, _ = pk.load("builtin:tiny", dtype="float32")
+    pk.attach(model, pk.LoRA(r=2))
+    monkeypatch.setattr("peftkit.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match=r"the adapter could not be written to .*No space left on device.*MiB are free there: make room"):
+        pk.save_adapter(model, tmp_path / "adapter")
+
+
+def test_padding_is_found_in_the_text_part_of_a_config(tmp_path):
+    """Gemma 3's config of text and pictures names no padding token itself."""
+    model = tiny_llama()
+    outer = SimpleNamespace(get_text_config=lambda *_, **__: SimpleNamespace(pad_token_id=7), is_encoder_decoder=False)
+    loss = SimpleNamespace(model=SimpleNamespace(config=outer, device=model.device))
+    batch = to_batch([[Example([1, 2, 3], [False, True, True], "row", [1], "x")], [Example([1, 2], [False, True], "row", [1], "x")]], loss)
+    assert batch["input_ids"][1, 2] == 7
+
+
+def test_epochs_are_counted_exactly():
+    assert TrainConfig(num_epochs=1.1, batch_size=10).steps(100) == 11 and TrainConfig(num_epochs=0.07, batch_size=10).steps(1000) == 7
+    assert TrainConfig(num_epochs=1.0, batch_size=10).steps(101) == 11
+
+
+def test_what_a_model_freezes_by_design_stays_so(tmp_path, monkeypatch):
+    """Marian's table of positions gets no gradient, and several processes would wait for one."""
+    real = run_module.load
+
+    def frozen(*arguments, **options):
+        model, tokenizer = real(*arguments, **options)
+        model.model.norm.weight.requires_grad_(False)
+        return model, tokenizer
+
+    monkeypatch.setattr(run_module, "load", frozen)
+    made = recipe(tmp_path / "full", full_finetuning=True, max_steps=1, learning_rate=1e-4) | {"methods": [{"neftune": {}}], "model": {"name": "builtin:tiny"}}
+    assert pk.run(made).adapter["trainable_parameters"] == 3_049_920 - 192

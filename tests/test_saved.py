@@ -546,7 +546,7 @@ def test_new_tokens(tie, tmp_path, ids):
 
     named = [96, 97, 98, 99] if tie else {"embed_tokens": [96, 97, 98, 99], "lm_head": [96, 97, 98, 99]}
     model = attached(grown(), trainable_tokens=named)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie and isinstance(model.lm_head, TrainedTokens)
+    assert (model.lm_head.base_layer.weight is model.model.embed_tokens.base_layer.weight) == tie and isinstance(model.lm_head, TrainedTokens)
     batch = torch.cat([ids, torch.tensor([[96, 99, 98]] * 3)], 1)
     losses = train(model, batch)
     assert losses[-1] < losses[0]

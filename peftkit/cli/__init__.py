@@ -17,6 +17,7 @@ from peftkit.cli.bench import bench
 from peftkit.cli.show import doctor, methods, recipes
 from peftkit.cli.train import check, rehearse, run
 from peftkit.cli.use import chat, evaluate, export, generate, merge
+from peftkit.interrupts import StoppedAtOnce
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -51,6 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, standalone_mode=True)
     except Exception as error:
         sys.exit(_report(error))
+    except StoppedAtOnce as stopped:
+        typer.secho(str(stopped), fg="red", err=True)
+        sys.exit(stopped.exit_code)
     finally:
         gc.enable()
 

@@ -196,8 +196,11 @@ def as_messages(value: Any, name: str) -> list[Turn]:
         if rest.get("tool_calls"):
             rest["tool_calls"] = calls = [with_arguments(call) for call in rest["tool_calls"]]
         elif role == "tool" and calls:  # some templates look for them
-            call, calls = calls[0], calls[1:]
-            rest = {"name": call["function"]["name"]} | ({"tool_call_id": call["id"]} if "id" in call else {}) | rest
+            called = rest.get("tool_call_id")
+            named = [each for each in calls if each.get("id") == called] if called is not None and any("id" in each for each in calls) else calls
+            call = named[0] if named else None
+            calls = [each for each in calls if each is not call]
+            rest = rest if call is None else {"name": call["function"]["name"]} | ({"tool_call_id": call["id"]} if "id" in call else {}) | rest
         messages.append({"role": role, "content": content, **{key: value for key, value in rest.items() if key != "tool_calls" or value}})
     return messages
 

@@ -210,7 +210,7 @@ def states(source: Source) -> list[tuple[int, int]]:
 
 def cache_key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that the examples depend on: rows, tokenizer, template, options, and the code that puts them together."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    template = json.dumps(tokenizer.chat_template)  # or several, by name
     backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
     options = source.config.model_dump(include={"columns", "system", "loss_on", "max_length", "truncation", "holdout"})
 

@@ -69,8 +69,9 @@ class Renderer:
             raise ConfigError(f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a token covers; use a fast one")
         self.tokenizer, self.config = tokenizer, config
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-        self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.template))
-        self.takes_tools, self.takes_calls = (bool(re.search(rf"\b{name}\b", self.template)) for name in ("tools", "tool_calls"))
+        with_tools = tokenizer.get_chat_template(None, [{}]) if tokenizer.chat_template else ""  # some have a template of its own for rows with tools
+        self.has_markers = {bool(tools): bool(re.search(r"\{%-?\s*generation\s*-?%\}", text)) for tools, text in ((0, self.template), (1, with_tools))}
+        self.takes_tools, self.takes_calls = (bool(re.search(rf"\b{name}\b", with_tools)) for name in ("tools", "tool_calls"))
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("")["input_ids"][:1] == [self.bos]
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -133,10 +134,10 @@ class Renderer:
             return self.draft_plain(row)
         if (spoken := self.spoken(row.messages)) is not row.messages:
             row = replace(row, messages=spoken)
-        if not self.has_markers:
-            return self.draft_by_spans(row)
-        shown = [{key: value for key, value in turn.items() if value is not None} for turn in row.messages]  # as apply_chat_template does
         tools = self.tools(row)
+        if not self.has_markers[bool(tools)]:
+            return self.draft_by_spans(row, tools)
+        shown = [{key: value for key, value in turn.items() if value is not None} for turn in row.messages]  # as apply_chat_template does
         options: dict[str, Any] = {
             "chat_template": self.tokenizer.get_chat_template(None, tools),
             "return_assistant_tokens_mask": True,
@@ -194,13 +195,13 @@ class Renderer:
         draft.prompt = self.chat(messages[:last], self.tools(row, told=True), prompt=True) if last else ""
         if any(message["role"] not in ("user", "assistant") for message in messages):
             self.look_for(messages, draft.text)
-        calls_only = spans and not messages[last]["content"]
-        written = str(self.tokenizer.decode(ids[slice(*spans[-1])])) if calls_only else ""
+        calls = spans and (messages[last].get("tool_calls") or not messages[last]["content"])
+        written = str(self.tokenizer.decode(ids[slice(*spans[-1])])) if calls else ""
         draft.answer = self.answer(messages, turns, written)
 
-    def draft_by_spans(self, row: Row) -> Draft:
+    def draft_by_spans(self, row: Row, tools: list[Any] | None) -> Draft:
         """The spans of the turns in the text that the template makes of all of them."""
-        messages, tools, turns = row.messages, self.tools(row), answers(row.messages)
+        messages, turns = row.messages, answers(row.messages)
         text, spans, prompt = self.chat(messages, tools), [], ""
         self.look_for(messages, text)
         if self.config.loss_on == "all":
@@ -290,10 +291,11 @@ class Renderer:
         return [{**turn, "content": "\n".join(filter(None, (turn["content"], call_text(turn))))} if turn.get("tool_calls") else turn for turn in messages]
 
     def answer(self, messages: list[Turn], turns: list[int], written: str) -> str:
-        """The text of the last answer; of one that calls tools only, as the template writes it."""
+        """The text of the last answer; of one that calls tools, all of it as the template writes it (`written`)."""
         if not turns:
             return ""
-        if content := (messages[turns[-1]]["content"] or "").strip():
+        content = (messages[turns[-1]]["content"] or "").strip()
+        if content and not (messages[turns[-1]].get("tool_calls") and written):
             return str(content)
         for special in self.special_texts:
             written = written.replace(special, "")

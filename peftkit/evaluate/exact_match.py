@@ -64,9 +64,10 @@ def generation_config(model: Any, tokenizer: Any, max_new_tokens: int) -> Genera
         raise ConfigError("the tokenizer has no end-of-text and no padding token, so answers have no end; set tokenizer.eos_token")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     # What is not set here, transformers would take from the model's own generation config: penalties of chat models, say, or BART's least length.
+    least = {"min_length": 0} | ({"min_new_tokens": 0} if getattr(model.generation_config, "min_new_tokens", None) else {})  # it warns where both are set
     return GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0,
-        min_length=0, min_new_tokens=0, eos_token_id=ends, pad_token_id=pad,
+        eos_token_id=ends, pad_token_id=pad, **least,
     )  # fmt: skip
 
 
@@ -77,9 +78,11 @@ def generate_answers(
 ) -> list[str]:  # fmt: skip
     """The greedy answers to token prompts, in their order, decoded without special tokens and stripped.
 
-    Prompts of like length share a batch, padded on the left, or on the right where an encoder reads them.
+    Prompts of like length share a batch, padded on the left, or on the right where an encoder reads them. Answers end where
+    the model's positions do.
     """
     config = generation_config(model, tokenizer, max_new_tokens)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     pad = config.pad_token_id
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
@@ -90,6 +93,9 @@ def generate_answers(
         before, after = ([0] * len(chosen), spaces) if model.config.is_encoder_decoder else (spaces, [0] * len(chosen))
         ids = torch.tensor([[pad] * left + list(prompts[i]) + [pad] * right for i, left, right in zip(chosen, before, after, strict=True)])
         mask = torch.tensor([[0] * left + [1] * len(prompts[i]) + [0] * right for i, left, right in zip(chosen, before, after, strict=True)])
+        before_answer = 0 if model.config.is_encoder_decoder else width
+        if longest is not None and before_answer < longest:  # beyond, GPT-2 has no row for a position
+            config.max_new_tokens = min(max_new_tokens, longest - before_answer)
         output: Any = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
         for i, text in zip(chosen, tokenizer.batch_decode(output[:, answer_start(model, width) :], skip_special_tokens=True), strict=True):
             answers[i] = text.strip()

@@ -19,14 +19,19 @@ def check_installed(metrics: Sequence[str]) -> None:
             raise ConfigError(f'eval.metrics: {metric} needs the package {package}, which is not installed: pip install "peftkit[text]"')
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, -2 and -L over the pairs, 0 to 1, with Porter's stemmer as in the summarisation literature."""
+def must_have_words(references: Sequence[str]) -> None:
+    """Raises ConfigError where ROUGE would have nothing to count in a reference: before the training, not after it."""
     check_installed(["rouge"])
-    from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenize import tokenize
 
     if empty := [text for text in references if text.strip() and not tokenize(text, None)]:
         raise ConfigError(f"rouge counts words of a-z and 0-9, and {len(empty)} references have none (such as {empty[0][:40]!r}); use bleu or exact_match")
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, -2 and -L over the pairs, 0 to 1, with Porter's stemmer as in the summarisation literature."""
+    must_have_words(references)
+    from rouge_score.rouge_scorer import RougeScorer
 
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=True)

@@ -17,7 +17,7 @@ from peftkit.layers import LoRAExperts, features, is_experts, is_linear, output_
 from peftkit.layers.frozen_experts import unknown
 from peftkit.loss import TokenLoss
 from peftkit.methods import LoRA, Method, method_name
-from peftkit.model import model_class, resolve_dtype
+from peftkit.model import from_config, resolve_dtype
 from peftkit.recipe import Recipe
 from peftkit.train import enable_checkpointing
 
@@ -37,7 +37,7 @@ class Skeleton:
         self.trace = Trace(exact_head=not any(getattr(config.get_text_config(), name, None) not in (None, 1.0) for name in _CHANGES_LOGITS))
         options = {} if recipe.model.attention in ("auto", "flash_attention_2") else {"attn_implementation": recipe.model.attention}
         with self.trace.running():
-            self.model: Any = model_class(config).from_config(copy.deepcopy(config), dtype=self.dtype, **options)
+            self.model: Any = from_config(copy.deepcopy(config), recipe.model.name, dtype=self.dtype, **options)
             self.parameters = self.model.num_parameters()
             self.weights = self.trace.live
             self.quantised_parameters = 0

@@ -21,7 +21,7 @@ from peftkit.layers.find import adapt, candidates, find_targets, heads, input_em
 from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares
 from peftkit.layers.frozen_experts import Experts4bit, dequantize_experts, is_experts, quantize_experts
 from peftkit.layers.kinds import LAYERS, layer_class
-from peftkit.layers.linear import LoRALinear, SharedInput, share_inputs
+from peftkit.layers.linear import LoRALinear, SharedInput, Start, share_inputs
 from peftkit.layers.saved import SavedModule, TrainedTokens
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "SavedModule",
     "SharedInput",
     "Spec",
+    "Start",
     "Trained",
     "TrainedBias",
     "TrainedTokens",

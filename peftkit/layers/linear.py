@@ -19,6 +19,17 @@ from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, featur
 from peftkit.layers.read import AdaptedWeight, address
 
 
+class Start(nn.Module):
+    """A (r, in) and B (out, r) that an initialisation takes off again, so that step 0 is the base: part of what the layer computes, and of its state."""
+
+    def __init__(self, a: Tensor, b: Tensor):
+        super().__init__()
+        self.a: Tensor
+        self.b: Tensor
+        self.register_buffer("a", a.detach().clone())
+        self.register_buffer("b", b.detach().clone())
+
+
 class LoRALinear(AdapterLayer):
     """y = x W^T + b + s d(x) A^T B^T                                   (Hu et al. 2021, arXiv 2106.09685)
     y = g * (x W^T + s d(x) A^T B^T) + b,  g = m / |W + s B A|_row      (DoRA, Liu et al. 2024, arXiv 2402.09353)
@@ -37,7 +48,7 @@ class LoRALinear(AdapterLayer):
         super().__init__(base_layer)
         self.lora_A, self.lora_B, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.biases = nn.ModuleDict()  # trained in place of the base's own
-        self.starts: dict[str, tuple[Tensor, Tensor]] = {}  # A and B that an initialisation takes off again, so that step 0 is the base
+        self.starts = nn.ModuleDict()
         self.shared: SharedInput | None = None
         self._squares: tuple[Any, Tensor, Any] | None = None
         self._norm: tuple[Any, Tensor, Any] | None = None
@@ -64,7 +75,6 @@ class LoRALinear(AdapterLayer):
 
     def delete(self, adapter: str) -> None:
         super().delete(adapter)
-        self.starts.pop(adapter, None)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         refuse_stacked_dora(self, adapter_name)
@@ -128,7 +138,8 @@ class LoRALinear(AdapterLayer):
         a, b = self.a(adapter), self.b(adapter)
         if adapter not in self.starts:
             return a, b
-        start_a, start_b = self.starts[adapter][0].to(a), self.starts[adapter][1].to(b)
+        start: Any = self.starts[adapter]
+        start_a, start_b = start.a.to(a), start.b.to(b)
         return torch.cat([a, a - start_a]), torch.cat([b - start_b, start_b], 1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -188,7 +199,6 @@ class LoRALinear(AdapterLayer):
     # ------------------------------------------------------------------------------------------------------ DoRA's norm
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
-        self.starts = {adapter: (fn(a), fn(b)) for adapter, (a, b) in self.starts.items()}
         self.forget_norm()  # what is moved to another dtype and back may come to lie where it lay before, rounded
         return super()._apply(fn, recurse)
 

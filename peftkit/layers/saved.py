@@ -175,6 +175,14 @@ class TrainedTokens(AdapterLayer):
         update = F.embedding(slot.clamp_min(0), moved) * (slot >= 0).unsqueeze(-1)  # (..., d)
         return (y + scale * update).to(y.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """What a model gets that reads the weight of a head instead of calling it, as trl's losses do: with the trained rows in place."""
+        base = self.base_layer
+        if self.enabled and self.active and isinstance(base, nn.Linear):
+            return self._replaced(base.weight)
+        return base.weight
+
     def _chosen(self) -> _Rows:
         rows = self.rows[self.active[0]]
         assert isinstance(rows, _Rows)

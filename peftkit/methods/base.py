@@ -47,6 +47,9 @@ class Method(Config):
 class Handle(ABC):
     """What a method left on a model besides adapter layers: removable, with a state that checkpoints keep."""
 
+    enabled: bool = True
+    """Whether it acts; `adapters_disabled` switches it off."""
+
     @abstractmethod
     def remove(self) -> None:
         """Takes it off the model again."""
@@ -58,6 +61,10 @@ class Handle(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
+
+    @abstractmethod
+    def on_process(self, index: int) -> None:
+        """Told before training by several processes which of them this is: what is drawn at random must differ between them."""
 
 
 @dataclass

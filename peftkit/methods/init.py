@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkit import quant
 from peftkit.config import suggest
-from peftkit.layers import AdapterLayer, LoRALinear, dense_weight, features
+from peftkit.layers import AdapterLayer, LoRALinear, Start, dense_weight, features
 
 KINDS = ("kaiming", "gaussian", "pissa", "pissa_niter_<n>", "olora", "loftq")
 _FAST = re.compile(r"pissa_niter_(\d+)")
@@ -82,7 +82,7 @@ def start(model: nn.Module, layers: Mapping[str, AdapterLayer], adapter: str, ki
             fast = _FAST.fullmatch(kind)
             start_a, start_b = pissa(weight, spec.r, spec.scale, int(fast[1]) if fast else None)
         _put(start_a, start_b, a, b)
-        layer.starts[adapter] = (a.detach().clone(), b.detach().clone())
+        layer.starts[adapter] = Start(a, b)
 
 
 def _put(start_a: Tensor, start_b: Tensor, a: Tensor, b: Tensor) -> None:

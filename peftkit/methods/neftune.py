@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftkit.layers import ADAPTER, input_embedding
+from peftkit.layers import ADAPTER, AdapterLayer, input_embedding
 from peftkit.methods.base import Handle, Method
 
 
@@ -43,21 +43,33 @@ class Noise(Handle):
         self.config = config
         self.inputs: dict[str, Any] = {}
         device = next(embedding.parameters()).device
-        seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
-        self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
+        self.seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+        self.generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(self.seed)
         body = getattr(model, "base_model", model)  # not the model: a loss that gathers before the head calls the body alone
         self.signature = inspect.signature(body.forward)
+        self.plain = _plain(embedding)
         self.hooks = [
-            body.register_forward_pre_hook(self._remember, with_kwargs=True),
             embedding.register_forward_hook(self._add),
+            body.register_forward_pre_hook(self._remember, with_kwargs=True),
+            body.register_forward_hook(self._forget, always_call=True),
         ]
 
     def _remember(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = self.signature.bind_partial(*args, **kwargs).arguments
         self.inputs = {key: given.get(key) for key in ("attention_mask", "position_ids")} if body.training else {}
+        embedding = input_embedding(body)
+        if embedding is not None and _plain(embedding) is not self.plain:  # resize_token_embeddings has put another in its place
+            self.plain = _plain(embedding)
+            self.hooks[0].remove()
+            self.hooks[0] = embedding.register_forward_hook(self._add)
+
+    def _forget(self, body: nn.Module, args: tuple, output: Any) -> None:
+        self.inputs = {}  # an embedding that is called by itself is told nothing of its rows
 
     def _add(self, embedding: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if not (embedding.training and torch.is_grad_enabled()):  # without grad it is generation, whatever the mode says
+        if not (self.enabled and embedding.training and torch.is_grad_enabled()):  # without grad it is generation, whatever the mode says
+            return output
+        if output.ndim != 3:  # single tokens that somebody looks up: no rows to speak of
             return output
         lengths = self._lengths(output)  # (rows, tokens)
         noise = torch.rand(output.shape, generator=self.generator, device=self.generator.device).mul_(2).sub_(1)
@@ -81,6 +93,9 @@ class Noise(Handle):
             return mask * mask.sum(1, keepdim=True)
         return torch.full((rows, tokens), float(tokens), device=output.device)
 
+    def on_process(self, index: int) -> None:
+        self.generator.manual_seed(self.seed + index)
+
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
@@ -90,3 +105,10 @@ class Noise(Handle):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
+
+
+def _plain(embedding: nn.Module) -> nn.Module:
+    """The embedding itself, where adapter layers stand around it."""
+    while isinstance(embedding, AdapterLayer):
+        embedding = embedding.base_layer
+    return embedding

@@ -17,6 +17,7 @@ from peftkit.methods.base import Attachment, Method
 from peftkit.methods.summary import Summary, summarise
 
 _ATTRIBUTE = "_peftkit"
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def find_attachment(model: nn.Module) -> Attachment | None:
@@ -61,6 +62,8 @@ def attach(model: nn.Module, methods: Method | Sequence[Method], adapter: str = 
     """
     methods = [methods] if isinstance(methods, Method) else list(methods)
     check_methods(methods)
+    if isinstance(model, WRAPPERS) or "_orig_mod" in model._modules:
+        raise ValueError(f"this {type(model).__name__} stands around the model: attach to the model itself, then compile it or share it out")
     record = find_attachment(model)
     if record is None and getattr(model, "peft_config", None):
         raise ValueError("this model already has peft adapters; unload or merge them first")
@@ -199,7 +202,10 @@ def _open_doors(model: Any, methods: Sequence[Method], adapter: str) -> None:
 
 def _adapter_state_dict(model: nn.Module, adapter_name: str | None = None, state_dict: dict[str, Any] | None = None) -> dict[str, Any]:
     """The active adapter, or the one named, as transformers' `save_pretrained` writes it."""
-    return file_tensors(model, adapter_name or active_adapters(model)[0])
+    chosen = _chosen(model)  # disabled or not: what would apply
+    if adapter_name is None and not chosen:
+        raise ValueError("no adapter is active, so there is none to save; choose one with peftkit.set_adapter, or use peftkit.save_adapter(adapter=...)")
+    return file_tensors(model, adapter_name or chosen[0])
 
 
 def forget(model: nn.Module) -> None:
@@ -223,16 +229,21 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model computes what its frozen base computes."""
-    layers = list(adapter_layers(model).values())
-    before = [layer.enabled for layer in layers]
+    """Within the block the model computes what its frozen base computes, without NEFTune's noise too."""
+    layers, record = list(adapter_layers(model).values()), find_attachment(model)
+    handles = list(record.handles.values()) if record is not None else []
+    before, acted = [layer.enabled for layer in layers], [handle.enabled for handle in handles]
     for layer in layers:
         layer.enable_adapters(False)
+    for handle in handles:
+        handle.enabled = False
     try:
         yield model
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enable_adapters(enabled)
+        for handle, enabled in zip(handles, acted, strict=True):
+            handle.enabled = enabled
 
 
 def describe(model: nn.Module) -> Summary:

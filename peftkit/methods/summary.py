@@ -59,7 +59,7 @@ class Summary:
 def parameter_groups(model: nn.Module, record: Attachment | None, learning_rate: float, weight_decay: float) -> list[Group]:
     """One optimizer group per adapter and role of what trains, as the methods of that adapter want them.
 
-    What belongs to no adapter is in groups of its own, whose adapter is None.
+    What belongs to no adapter is in groups of its own, whose adapter is None; what belongs to one that `record` does not know trains as it stands.
     """
     layers = adapter_layers(model).values()
     owners = {id(trained.parameter): adapter for layer in layers for adapter in layer.specs for trained in layer.role_parameters(adapter)}
@@ -76,7 +76,8 @@ def parameter_groups(model: nn.Module, record: Attachment | None, learning_rate:
             for method in methods:
                 own = method.param_groups(own)
         found += own
-    return found
+    known = record.by_adapter if record is not None else {}
+    return found + [group for (adapter, _), group in groups.items() if adapter is not None and adapter not in known]
 
 
 def summarise(model: nn.Module, record: Attachment) -> Summary:

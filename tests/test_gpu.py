@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import kernel_checks as checks
 import pytest
 import torch
 from conftest import tiny_llama, wake
 
 import peftkit as pk
+from peftkit import quant
 from peftkit.kernels import dora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -118,6 +122,43 @@ def test_qlora_trains_with_the_paged_optimizer(tmp_path):
     })  # fmt: skip
     assert result.after["loss"] < result.before["loss"] / 2
     assert result.machine["gpu"] and 0 < result.train["peak_memory_bytes"] < 8 * 2**30
+
+
+def test_a_stopped_run_with_the_paged_optimizer_goes_on(tmp_path, monkeypatch):
+    """The traps: states read back lie on the GPU for good; dropout's and the noise's generators of the GPU are forgotten."""
+    pytest.importorskip("bitsandbytes")
+    made = {
+        "model": {"name": "builtin:tiny"},
+        "methods": [{"qlora": {"r": 640, "alpha": 160, "dropout": 0.1}}, {"loraplus": {"ratio": 4.0}}, {"neftune": {"alpha": 1.0}}],
+        "data": {"train": "builtin:tool-calls/train", "eval": "builtin:tool-calls/test", "eval_rows": 8, "train_rows": 64},
+        "train": {"learning_rate": 2.0e-3, "max_steps": 10, "batch_size": 8, "log_every": 1, "save_every": 5, "keep_last": 3},
+        "eval": {"metrics": ["loss"]},
+        "output_dir": str(tmp_path / "run"),
+    }
+    pk.run(made)
+    whole = losses(tmp_path / "run")
+    newest = max((tmp_path / "run/checkpoints").iterdir(), key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+    for gone in (newest, tmp_path / "run/adapter"):
+        shutil.rmtree(gone)
+    (tmp_path / "run/result.json").unlink()
+    states = []
+    real = quant.page_again
+
+    def watched(optimizer):
+        real(optimizer)
+        states.extend(state["state1"] for state in optimizer.state.values())
+
+    monkeypatch.setattr(quant, "page_again", watched)
+    pk.run(made, resume=True)
+    large = [state for state in states if state.numel() >= 100_000]  # bitsandbytes pages from this size on
+    assert large and all(state.is_paged for state in large)
+    again = losses(tmp_path / "run")
+    assert len(again) == len(whole) == 10
+    assert again[:5] == whole[:5] and again == pytest.approx(whole, rel=2e-3)
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
 
 
 # -------------------------------------------------------------------------------------------------------- Triton kernels

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+from accelerate.utils import gather_object
 
 
 def energy_joules() -> float | None:
@@ -22,3 +23,10 @@ def energy_joules() -> float | None:
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000  # from millijoules
     except pynvml.NVMLError:  # a card without the counter
         return None
+
+
+def energy_used(before: float | None) -> dict[str, float]:
+    """The energy of training over the GPUs of all processes, where they tell it."""
+    each = [None if before is None else (energy_joules() or 0.0) - before]
+    told = [joules for joules in gather_object(each) if joules is not None]
+    return {"energy_joules": sum(told)} if told else {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import quant
-from peftkit.layers import adapter_layers, dense_weight, dequantize_experts, plain_linear, swap
+from peftkit.layers import adapter_layers, dense_weight, dequantize_experts, input_embedding, output_head, plain_linear, swap
 from peftkit.methods.on_model import attachment, forget
 
 
@@ -91,7 +91,8 @@ def _forget_quantization(model: nn.Module) -> None:
 def _untie(model: nn.Module) -> None:
     """Where a head and an embedding were one weight and are two now, says so in the config: `tie_weights` would make them one again."""
     config: Any = getattr(model, "config", None)
-    head, embedding = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input"))
+    head: Any = output_head(model)
+    embedding: Any = input_embedding(model)
     if config is None or head is None or embedding is None or head.weight is embedding.weight:
         return
     for each in (config, config.get_text_config()):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peftkit.config import ConfigError
 from peftkit.versions import versions
 
 __all__ = ["MetricsLog", "Result", "machine", "plot_loss", "versions", "write_json"]
@@ -34,6 +35,19 @@ class Result:
         found = asdict(self)
         del found["output_dir"]
         return found
+
+    @classmethod
+    def read(cls, folder: Path) -> Result | None:
+        """What `to_json` has written in a run folder, None where its run has not ended. Raises ConfigError where it is not that."""
+        path = folder / "result.json"
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()), output_dir=str(folder))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"output_dir: {path} is no result of a run ({type(error).__name__}: {error}); remove it to go on from the last checkpoint"
+            ) from error
 
 
 def machine() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.compiling import compile_blocks, uncompiled
 from peftkit.config import ConfigError
 from peftkit.console import bar
-from peftkit.energy import energy_joules
+from peftkit.energy import energy_joules, energy_used
 from peftkit.folder import MICRO_BATCH_FILE, must_have_room, must_not_replace, open_folder, start_folder
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
@@ -42,7 +42,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     """Trains and evaluates as `recipe` (a YAML file, a dict or a Recipe) says; everything lands in its `output_dir`.
 
     overrides: "train.max_steps=50", ... With resume, goes on from the newest checkpoint in `output_dir`, to the same
-    result as a run that was never stopped. Raises ConfigError for a wrong recipe or data, TrainingStopped where training
+    result as a run that was never stopped; one that has ended gives its result. Raises ConfigError for a wrong recipe or data, TrainingStopped where training
     went wrong, CheckpointError where its state cannot be written or read, Interrupted after SIGTERM or SIGINT.
     """
     given, recipe = recipe, load_recipe(recipe, overrides)
@@ -50,9 +50,12 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     accelerator = one_accelerator(recipe)
     console.quiet = console.quiet or not accelerator.is_main_process
     folder = open_folder(recipe, resume)
-    forget_peak()
+    if resume and (ended := Result.read(folder)) is not None:
+        console.print(f"the run in {folder} has ended: there is nothing to resume, and this is its result", highlight=False)
+        return ended
     if not resume:
         must_not_replace(folder, recipe)
+    forget_peak()
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     sets = load_sets(recipe, tokenizer, console)
@@ -133,13 +136,6 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
 
 
 # ------------------------------------------------------------------------------------------------- the steps of the way
-
-
-def energy_used(before: float | None) -> dict[str, float]:
-    """The energy of training over the GPUs of all processes, where they tell it."""
-    each = [None if before is None else (energy_joules() or 0.0) - before]
-    told = [joules for joules in gather_object(each) if joules is not None]
-    return {"energy_joules": sum(told)} if told else {}
 
 
 def one_accelerator(recipe: Recipe) -> Accelerator:

@@ -87,12 +87,12 @@ def test_two_processes_are_stopped_and_go_on(tmp_path):
     output, _ = process.communicate(timeout=200)
     assert process.returncode != 0 and output.count("go on with: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m peftkit run") == 1, output
     assert len(checkpoints(tmp_path / "run/checkpoints")) == 1
+    alone = finished(command(tmp_path / "run.json", "--resume", launch=[sys.executable]))
+    assert alone.returncode == 1 and "was written by 2 processes, this run has 1" in " ".join(alone.stderr.split())
     done = finished(command(tmp_path / "run.json", "--resume"))
     assert done.returncode == 0, done.stderr
     files = [tmp_path / name / "adapter/adapter_model.safetensors" for name in ("run", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    alone = finished(command(tmp_path / "run.json", "--resume", launch=[sys.executable]))
-    assert alone.returncode == 1 and "was written by 2 processes, this run has 1" in " ".join(alone.stderr.split())
 
 
 def test_a_tripwire_speaks_once(tmp_path):

@@ -154,6 +154,23 @@ def test_resuming_another_recipe_is_refused_with_the_difference(uninterrupted):
         pk.run(other, resume=True)
 
 
+def test_a_run_that_has_ended_is_not_trained_again(uninterrupted, monkeypatch, capsys):
+    """A queue that starts `run --resume` once more would lose what was trained, where no checkpoint is left of it."""
+    monkeypatch.setattr(run_module, "load", lambda *_, **__: pytest.fail("the model is loaded"))
+    again = pk.run(recipe(uninterrupted), resume=True)
+    assert again.to_json() == json.loads((uninterrupted / "result.json").read_text())
+    assert "has ended: there is nothing to resume" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_result_is_told(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    (folder / "result.json").write_text("{}")
+    written = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(written.replace(str(uninterrupted), str(folder)))
+    with pytest.raises(ConfigError, match=r"result.json is no result of a run \(TypeError.*remove it to go on"):
+        pk.run(recipe(folder), resume=True)
+
+
 def test_resume_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="nothing to resume"):
         pk.run(recipe(tmp_path / "none"), resume=True)

@@ -34,7 +34,7 @@ class ModelConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of what is not quantised and of all arithmetic; auto is bfloat16 where the hardware has it, else float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention backend; auto is transformers' choice."""
+    """Attention backend; auto is transformers' choice, and in training on a CPU skips what masks hide."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 

@@ -40,6 +40,11 @@ class Recipe(Config):
         wishes = [wish for method in self.build_methods() if (wish := method.quantize())]
         return self.model.quantize or (wishes[0] if wishes else None)
 
+    @property
+    def attends_within_documents(self) -> bool:
+        """Whether training on a CPU may have attention of ours: not compiled, which its loops are not for, nor where the output of torch's own is kept."""
+        return self.model.attention == "auto" and not self.train.compile and self.train.gradient_checkpointing != "selective"
+
     def with_micro_batch(self, rows: int) -> Recipe:
         """The recipe with this many rows at a time."""
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": rows})})

@@ -20,6 +20,7 @@ from rich.console import Console
 from peftkit import data, evaluate, forecast, methods
 from peftkit import train as training
 from peftkit.amounts import human
+from peftkit.attention import attend_within_documents
 from peftkit.checkpoint import checkpoints, save_adapter
 from peftkit.compiling import compile_blocks, uncompiled
 from peftkit.config import ConfigError
@@ -65,6 +66,8 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
         recipe.model.name, recipe.quantize, "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype),
         device=accelerator.device, attention=recipe.model.attention, revision=recipe.model.revision,
     )  # fmt: skip
+    if recipe.attends_within_documents:
+        attend_within_documents(model)
     if recipe.data.packing:
         data.check_isolation(model)
     handles = {}

@@ -38,6 +38,7 @@ LEVELS = [
         "energy",
         "tripwires",
         "activations",
+        "attention",
         "compiling",
         "interrupts",
         "trackers",

@@ -30,13 +30,13 @@ def check_isolation(model: Any) -> None:
         logits = []
         for before in (first, other):
             ids = torch.cat([before, second])[None].to(model.device)  # (1, 2 * DOCUMENT)
-            logits.append(model(input_ids=ids, position_ids=positions[None].to(model.device), use_cache=False).logits[0, DOCUMENT:].float())
+            logits.append(model(input_ids=ids, position_ids=positions[None].to(model.device), use_cache=False).logits[0, DOCUMENT:].detach().float())
         return float((logits[0] - logits[1]).abs().max())
 
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # as in training, which may have attention of its own
             leaked, joined = change(apart), change(torch.arange(2 * DOCUMENT))
     except TypeError as error:
         raise ConfigError(f"data.packing: {name} cannot be told where documents begin ({error}); {remedy}") from error

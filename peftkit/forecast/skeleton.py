@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkit import quant
+from peftkit.attention import attend_within_documents
 from peftkit.config import ConfigError
 from peftkit.forecast.trace import Trace
 from peftkit.layers import LoRAExperts, features, is_experts, is_linear, output_head
@@ -38,6 +39,8 @@ class Skeleton:
         options = {} if recipe.model.attention in ("auto", "flash_attention_2") else {"attn_implementation": recipe.model.attention}
         with self.trace.running():
             self.model: Any = from_config(copy.deepcopy(config), recipe.model.name, dtype=self.dtype, **options)
+            if recipe.attends_within_documents and not gpu:
+                attend_within_documents(self.model)
             self.parameters = self.model.num_parameters()
             self.weights = self.trace.live
             self.quantised_parameters = 0

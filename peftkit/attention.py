@@ -66,14 +66,16 @@ def _serves(query: Tensor, key: Tensor, value: Tensor, dropout: float, options: 
 
 def _documents(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Documents | None:
     """The documents of every row, None where the mask means something else."""
-    (rows, _, tokens, _) = query.shape
-    whole = [[(0, tokens)]] * rows
+    rows, _, tokens, _ = query.shape
     if mask is None:
-        return whole if causal and tokens <= WHOLE_ROWS else None
-    if mask.dtype != torch.bool or mask.shape != (rows, 1, tokens, tokens):
+        if not causal or tokens > WHOLE_ROWS:
+            return None
+    elif mask.dtype != torch.bool or mask.shape != (rows, 1, tokens, tokens):
         return None
-    if isinstance(mask, FakeTensor):  # a mask without data, whose memory is asked for: documents need no more than a whole row
-        return whole
+    if isinstance(query, FakeTensor):  # without data, so only the memory is asked for: every document takes that of the one before
+        return [[(0, min(tokens, WHOLE_ROWS))], *[[]] * (rows - 1)]
+    if mask is None:
+        return [[(0, tokens)]] * rows
     version = 0 if mask.is_inference() else mask._version
     known = _read.get(mask)
     if known is None or known[0] != version:

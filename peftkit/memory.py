@@ -1,7 +1,8 @@
-"""Memory that was used: the peak of a run, and what autograd keeps for backward."""
+"""Memory: the peak of a run, what autograd keeps for backward, and what oneDNN keeps."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,15 @@ def forget_peak() -> None:
     """Has a GPU's peak counted anew; that of a process cannot be."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
+
+def keep_few_kernels() -> None:
+    """Has oneDNN keep 128 compiled kernels instead of 1,024, unless its variable is set or it has begun.
+
+    Batches of many shapes fill its cache with kernels that are hardly met again, and which take more memory than a small
+    model's tensors. To compile some of them again costs 1% of a step.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from peftkit.energy import energy_joules, energy_used
 from peftkit.folder import MICRO_BATCH_FILE, must_have_room, must_not_replace, open_folder, start_folder
 from peftkit.interrupts import Interrupted
 from peftkit.loss import TokenLoss
-from peftkit.memory import forget_peak
+from peftkit.memory import forget_peak, keep_few_kernels
 from peftkit.model import load, load_config, load_tokenizer, reads_with_encoder, resolve_dtype
 from peftkit.optim import build_optimizer
 from peftkit.recipe import Recipe, load_recipe
@@ -57,6 +57,7 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
     if not resume:
         must_not_replace(folder, recipe)
     forget_peak()
+    keep_few_kernels()
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     sets = load_sets(recipe, tokenizer, console)

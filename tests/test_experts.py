@@ -248,6 +248,14 @@ def test_gradients_under_dropout_are_those_of_the_same_mask():
     assert torch.autograd.gradcheck(again, (x, weights, *factors), fast_mode=True)
 
 
+def test_second_derivatives_are_refused_rather_than_wrong():
+    layer = _layer()
+    x, index, weights = _inputs()
+    x = x.detach().requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(layer(x, index, weights).sum(), x, create_graph=True)
+
+
 def test_stacked_adapters_train_with_one_dropout():
     layer = _layer(parts=PARTS[1:])
     layer.add("other", Spec(2, 1.0, 0.1))

@@ -12,6 +12,7 @@ from transformers import Gemma2Config, MixtralConfig
 import peftkit as pk
 from peftkit import quant
 from peftkit.amounts import parse_bytes
+from peftkit.attention import attend_within_documents
 from peftkit.config import ConfigError
 from peftkit.data import Example, Examples, Rows
 from peftkit.forecast import (
@@ -81,6 +82,7 @@ def test_activations_are_what_autograd_keeps_of_the_real_model(model, method):
         method = {name: {key: value for key, value in options.items() if key != "target_modules"} for name, options in method.items()}
     config = real.config
     pk.attach(real, recipe([method]).build_methods())
+    attend_within_documents(real)
     found = forecast(skeleton([method], config), Workload(ROWS, TOKENS, ROWS * TOKENS // 2), accumulates=False)
     assert found.activations == pytest.approx(kept_for_backward(real), rel=0.03)
 

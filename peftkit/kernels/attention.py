@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkit.kernels.lowrank import refuse_second_derivative
+
 Documents = Sequence[Sequence[tuple[int, int]]]
 """For every row, the first token of each document and the one after its last."""
 
@@ -51,8 +53,8 @@ class _Attend(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        refuse_second_derivative("set model.attention: sdpa")
         q, k, v = ctx.saved_tensors
         _, heads, tokens, _ = q.shape
         grad_q, later, wide = torch.zeros_like(q), _later(ctx.documents, q), _wide(q)

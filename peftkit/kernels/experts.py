@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit.kernels.lowrank import zero_at_random_
+from peftkit.kernels.lowrank import refuse_second_derivative, zero_at_random_
 
 Factors = tuple[Tensor, Tensor] | None  # A (experts, r, in) and B^T (experts, r, out) of a projection that has an update
 
@@ -148,8 +148,8 @@ class _RoutedExperts(torch.autograd.Function):
         return _summed(y * weights.reshape(-1)[slots, None], slots, tokens, each).to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        refuse_second_derivative()
         x, weights, slots, u, h, k, a, b, c, d = ctx.saved_tensors
         first, second, blocks, seed = ctx.first, ctx.second, ctx.blocks, ctx.seed
         tokens, each = weights.shape

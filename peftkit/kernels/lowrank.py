@@ -123,9 +123,10 @@ def draw_seed(dropout: float) -> int:
     return int(torch.randint(2**62, ())) if dropout else 0
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative(instead: str = "compute it on the merged model, or through torch.func") -> None:
+    """Called in backward: autograd's own guard, `once_differentiable`, passes where the gradient that arrives is a constant, and the derivative would be 0."""
     if torch.is_grad_enabled():
-        raise RuntimeError("the fused adapter layers have no second derivative; compute it on the merged model, or through torch.func")
+        raise RuntimeError(f"the fused layers have no second derivative; {instead}")
 
 
 class _SharedDown(torch.autograd.Function):
@@ -142,7 +143,7 @@ class _SharedDown(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, *grads: Tensor | None):  # type: ignore[override]
-        _refuse_second_derivative()
+        refuse_second_derivative()
         ctx.after()
         x, places, *factors = ctx.saved_tensors
         used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
@@ -221,7 +222,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        _refuse_second_derivative()
+        refuse_second_derivative()
         x, places, h, a, b, magnitude, bias, y = ctx.saved_tensors
         need_x, need_h, need_a, need_b, need_magnitude, need_bias = ctx.needs_input_grad[:6]
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)

@@ -7,6 +7,9 @@ not computed at all. Everything else, and all that needs no gradient, goes to tr
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -27,11 +30,24 @@ _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (its versi
 
 
 def attend_within_documents(model: PreTrainedModel) -> bool:
-    """Has the model attend so in training, where it is on a CPU and would use `sdpa`; returns whether it does."""
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa" or not model.is_backend_compatible():
+    """Has the model attend so in training, where it is on a CPU and all of it would use `sdpa`; returns whether it does.
+
+    Models whose code asks for that name are left alone: DeepSeek V3.2 makes a mask of what its indexer chose only under a name that it knows.
+    """
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if model.device.type != "cpu" or any(part.config._attn_implementation != "sdpa" or not part.is_backend_compatible() or _asks(part) for part in parts):
         return False
     model.set_attn_implementation(NAME)
     return True
+
+
+def _asks(model: PreTrainedModel) -> bool:
+    """Whether the code of a model compares the name of its attention with sdpa's."""
+    try:
+        code = inspect.getsource(sys.modules[type(model).__module__])
+    except OSError:  # made where there is no file, as in a notebook
+        return True
+    return re.search(r"""_attn_implementation\s*(==|!=|in|not in)[^\n]*["']sdpa["']""", code) is not None
 
 
 def document_attention(
@@ -40,7 +56,7 @@ def document_attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """(y (rows, tokens, heads, e), None), as transformers asks of attention, of query (rows, heads, tokens, d), key and value (rows, groups, ...)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    documents = _documents(query, key, attention_mask, causal) if _serves(query, key, value, dropout, options) else None
+    documents = _documents(query, attention_mask, options.get("sliding_window")) if causal and _serves(query, key, value, dropout, options) else None
     if documents is None:
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
@@ -58,22 +74,23 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def _serves(query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]) -> bool:
     special = any(options.get(name) is not None for name in ("softcap", "position_bias", "cache")) or bool(options.get("output_attentions"))
     return (
-        torch.is_grad_enabled() and query.device.type == "cpu" and not dropout and not special and query.shape[2] == key.shape[2]
+        torch.is_grad_enabled() and query.device.type == "cpu" and not dropout and not special
+        and query.shape[0] == key.shape[0] and 0 < query.shape[2] == key.shape[2]
         and query.dtype == key.dtype == value.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float64)
         and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     )  # fmt: skip
 
 
-def _documents(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Documents | None:
-    """The documents of every row, None where the mask means something else."""
+def _documents(query: Tensor, mask: Tensor | None, window: int | None) -> Documents | None:
+    """The documents of every row of causal attention, None where the mask means something else."""
     rows, _, tokens, _ = query.shape
     if mask is None:
-        if not causal or tokens > WHOLE_ROWS:
+        if tokens > WHOLE_ROWS:
             return None
     elif mask.dtype != torch.bool or mask.shape != (rows, 1, tokens, tokens):
         return None
     if isinstance(query, FakeTensor):  # without data, so only the memory is asked for: every document takes that of the one before
-        return [[(0, min(tokens, WHOLE_ROWS))], *[[]] * (rows - 1)]
+        return None if window and window < tokens else [[(0, min(tokens, WHOLE_ROWS))], *[[]] * (rows - 1)]
     if mask is None:
         return [[(0, tokens)]] * rows
     version = 0 if mask.is_inference() else mask._version

@@ -33,6 +33,12 @@ def open_folder(recipe: Recipe, resume: bool) -> Path:
         changed = differences(read_yaml(written).data, recipe.model_dump())
         if changed:
             raise ConfigError(f"output_dir: {folder} holds a run of another recipe, which cannot be resumed with this one:\n  " + "\n  ".join(changed))
+        lost = [name for name in ("adapter", "model") if (folder / name).exists()]
+        if lost and not checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
+            raise ConfigError(
+                f"output_dir: {folder / lost[0]} was trained and no checkpoint is left of it: resuming would train it again from the start. Score it with "
+                f"`peftkit eval {folder}`, remove the folder, or give another output_dir"
+            )
         return folder
     if checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
         raise ConfigError(f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir")
@@ -77,7 +83,7 @@ def must_have_room(folder: Path, train: TrainConfig, steps: int, saved: int, sta
     """
     on_the_way = (steps - 1) // train.save_every if train.save_every else 0
     best = (steps - 1) // train.eval_every if train.eval_every and train.keep_best else 0
-    kept = min(train.keep_last + min(train.keep_best, best) + 1, max(on_the_way + best, 1))
+    kept = min(train.keep_last + min(train.keep_best, best) + 1, on_the_way + best + 1)  # and the last step's
     needed = saved + kept * state
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     earlier = sum(file.stat().st_size for old in EARLIER for file in (folder / old).rglob("*") if file.is_file())
@@ -91,10 +97,10 @@ def must_have_room(folder: Path, train: TrainConfig, steps: int, saved: int, sta
 def start_folder(folder: Path, recipe: Recipe) -> None:
     """Clears an earlier run out of its folder and writes the recipe: only once data, model and targets are known to be good."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in ("result.json", "before.json", MICRO_BATCH_FILE, "metrics.jsonl", "predictions.jsonl", "loss.png"):
+        (folder / old).unlink(missing_ok=True)  # the result first: while it is there, the run has ended
     for earlier in (*(folder / name for name in EARLIER), *folder.glob(".writing-*")):
         shutil.rmtree(earlier, ignore_errors=True)
-    for old in ("result.json", "before.json", MICRO_BATCH_FILE, "metrics.jsonl", "predictions.jsonl", "loss.png"):
-        (folder / old).unlink(missing_ok=True)
     write_text(folder / "recipe.yaml", resolved(recipe))
 
 

@@ -95,7 +95,7 @@ def _untie(model: nn.Module) -> None:
     embedding: Any = input_embedding(model)
     if config is None or head is None or embedding is None or head.weight is embedding.weight:
         return
-    for each in (config, config.get_text_config()):
+    for each in (config, config.get_text_config()) if not getattr(config, "is_encoder_decoder", False) else ():  # UMT5 scales its logits by what it says
         if getattr(each, "tie_word_embeddings", False):
             each.tie_word_embeddings = False
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}

@@ -46,7 +46,7 @@ class Result:
             return cls(**json.loads(path.read_text()), output_dir=str(folder))
         except (ValueError, TypeError) as error:
             raise ConfigError(
-                f"output_dir: {path} is no result of a run ({type(error).__name__}: {error}); remove it to go on from the last checkpoint"
+                f"output_dir: {path} is no result of a run ({type(error).__name__}: {error}); remove the folder, or give another output_dir"
             ) from error
 
 

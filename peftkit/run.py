@@ -132,8 +132,8 @@ def run(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] =
         tracker.finish()
     result = Result(before, after, stats.summary() | used, adapter, asked.model_dump(), versions(), machine(), str(folder))
     if accelerator.is_main_process:
-        write_json(folder / "result.json", result.to_json())
         plot_loss(folder / "metrics.jsonl", folder / "loss.png", before.get("loss"), after.get("loss"))
+        write_json(folder / "result.json", result.to_json())  # from here on the run has ended
         if not recipe.train.keeps_checkpoints:  # but the one that a stop during the last evaluation would have gone on from
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result

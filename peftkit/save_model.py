@@ -29,14 +29,15 @@ def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False)
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
-    folder = beside / target.name
+    folder, whole = beside / target.name, False
     try:
         try:
             model.save_pretrained(folder)
         except SafetensorError as error:  # its own for a disk that is full
-            raise CheckpointError(f"the model could not be written to {folder}: {error}; make room there") from error
+            raise CheckpointError(f"the model could not be written to {target}: {error}; make room there") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        whole = True
         again, _ = load(str(folder), None, model.dtype, model.device, getattr(model.config, "_attn_implementation", None) or "auto")
         difference = (logits_of(again).float() - logits_of(model).float()).abs().max().item()
         if difference != 0:  # not a number is no agreement either
@@ -46,7 +47,7 @@ def write_verified(model: Any, tokenizer: Any, target: Path, keep: bool = False)
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
     except BaseException as error:
-        if keep and folder.exists():
+        if keep and whole and folder.exists():
             kept = free_name(target.with_name(f"unverified-{target.name}"))
             folder.rename(kept)
             error.add_note(f"what was written is kept in {kept}, and stays until you remove it")

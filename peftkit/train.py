@@ -112,6 +112,8 @@ class TrainStats:
     tokens: int = 0
     supervised_tokens: int = 0
     steps: int = 0
+    peak_memory_bytes: int = 0
+    """Of the process that trained, should another one end the run."""
 
     def summary(self) -> dict[str, float]:
         return {
@@ -119,7 +121,7 @@ class TrainStats:
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory_bytes()),
             "steps": self.steps,
         }
 
@@ -260,6 +262,7 @@ def train(
             if tripwires.finite(value, norm_value, step, lambda m=micro_batches, p=losses: _bad_rows(m, p, where)):  # type: ignore[misc]
                 optimizer.step()
                 tripwires.rising(value, step)
+                tripwires.learning(value, norm_value, step)
             rate = float(scheduler.get_last_lr()[0])
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
@@ -267,6 +270,7 @@ def train(
             stats.tokens += sum(length(row) for row in batch)
             stats.supervised_tokens += tokens
             stats.seconds += time.perf_counter() - started
+            stats.peak_memory_bytes = max(stats.peak_memory_bytes, peak_memory_bytes())
             on_step(step, {"loss": value, "gradient_norm": norm_value, "learning_rate": rate, **stats.summary()})
             if step == min(first + STEPS_TO_MOVE, steps):
                 tripwires.adapters_moved(step - first)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from peftkit.layers import adapter_layers
 from peftkit.methods import Handle
 
-Tripwire = Literal["no_supervised_tokens", "adapter_not_moving", "not_finite", "loss_rising", "noise_in_evaluation", "base_changed"]
+Tripwire = Literal["no_supervised_tokens", "adapter_not_moving", "not_finite", "loss_rising", "no_gradient", "noise_in_evaluation", "base_changed"]
 NAMES: tuple[str, ...] = get_args(Tripwire)
 
 STEPS_TO_MOVE = 5  # optimizer steps after which every adapter must have moved
 START = 5  # steps whose lowest loss is the start that later ones are held against: a rise within them must not hide itself
+DEAD = 5  # steps in a row without any gradient, at a loss that is not 0: one alone can come back
 RECENT = 10  # steps whose median loss is held against the start: a few bad batches are no divergence
 SHOWN = 5  # names and rows listed one by one; the others are counted
 
@@ -42,6 +43,7 @@ class Tripwires:
         self.warned: set[str] = set()
         self.losses: list[float] = []
         self.start: float | None = None
+        self.dead = 0  # steps in a row without a gradient
         self.base = checksums({name: p for name, p in model.named_parameters() if not p.requires_grad})
         self.watched = _must_move(model)
         self.adapters_at_start = checksums({f"{name}[{i}]": p for name, group in self.watched.items() for i, p in enumerate(group)})
@@ -87,6 +89,16 @@ class Tripwires:
                 "loss_rising",
                 f"the loss diverges: {recent:.3g} is the median of the last {RECENT} steps up to step {step}, {self.start:.3g} the lowest of the "
                 f"first {START}. Lower train.learning_rate (of loraplus also ratio), raise train.warmup_ratio, or lower train.max_grad_norm",
+            )
+
+    def learning(self, loss: float, norm: float, step: int) -> None:
+        """Some gradient must come: a model that has diverged until its logits stand still need not have a loss above that of the start."""
+        self.dead = self.dead + 1 if norm == 0 and loss > 0.01 else 0
+        if self.dead >= DEAD:
+            self.trip(
+                "no_gradient",
+                f"the gradient of all that trains was zero in the last {DEAD} steps up to step {step}, at a loss of {loss:.3g}: the model diverged so far that "
+                "nothing changes its logits. Lower train.learning_rate (of loraplus also ratio), raise train.warmup_ratio, or lower train.max_grad_norm",
             )
 
     def adapters_moved(self, step: int) -> None:
@@ -138,10 +150,10 @@ class Tripwires:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge the loss as if it had not stopped."""
-        return {"losses": list(self.losses), "start": self.start}
+        return {"losses": list(self.losses), "start": self.start, "dead": self.dead}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses, self.start = list(state["losses"]), state["start"]
+        self.losses, self.start, self.dead = list(state["losses"]), state["start"], state.get("dead", 0)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -230,6 +230,27 @@ def test_softcapping_and_encoders_keep_their_attention():
     assert torch.equal(encoder(**inputs).loss, want)  # sees both ways
 
 
+def test_models_that_ask_for_sdpa_by_name_keep_it():
+    """DeepSeek V3.2 merges what its indexer chose into the mask for eager and sdpa only: under another name it would attend to everything."""
+    small = {**SMALL, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    config = pytest.importorskip("transformers.models.deepseek_v32").DeepseekV32Config(
+        **small, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_topk=4, index_n_heads=2,
+        index_head_dim=16,
+    )  # fmt: skip
+    model, ids = of_config(config).eval(), packed_and_padded()["whole"]["input_ids"]
+    want = model(ids).logits
+    assert not attend_within_documents(model)
+    assert torch.equal(model(ids).logits, want)
+
+
+def test_attention_to_another_sequence_is_none_of_ours():
+    module, tensor = SimpleNamespace(is_causal=False), torch.randn(1, 2, 8, 4, requires_grad=True)
+    one = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    one[..., 0] = True  # an encoder that read one token looks like a document of one
+    y, _ = document_attention(module, tensor, tensor, tensor, one)
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(tensor, tensor, tensor, attn_mask=one).transpose(1, 2))
+
+
 def test_products_that_the_mask_hides_are_not_computed():
     """Eight documents of 64 tokens: an eighth of the scores, forward and backward, counted."""
     q, k, v = (torch.randn(1, heads, 512, 16, requires_grad=True) for heads in (4, 2, 2))

@@ -157,8 +157,8 @@ def test_what_the_run_would_have_no_room_for_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("train", "checkpoints"),
     [
-        ({}, 1), ({"save_every": 1}, 3), ({"save_every": 100}, 1), ({"save_every": 1, "keep_last": 50}, 4), ({"eval_every": 1, "keep_best": 0}, 1),
-        ({"eval_every": 1, "keep_best": 1}, 4),
+        ({}, 1), ({"save_every": 1}, 3), ({"save_every": 100}, 1), ({"save_every": 1, "keep_last": 50}, 5), ({"eval_every": 1, "keep_best": 0}, 1),
+        ({"eval_every": 1, "keep_best": 1}, 4), ({"save_every": 3}, 2), ({"eval_every": 4}, 2),
     ],
 )  # fmt: skip
 def test_room_is_for_the_checkpoints_that_will_be_there(train, checkpoints, tmp_path, monkeypatch):

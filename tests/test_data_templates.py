@@ -190,6 +190,9 @@ def test_rows_with_tools_are_written_by_the_template_that_is_for_them(markers):
     example = render(row | {"tools": [{"name": "sky"}]}, chat, DataConfig(train="unused"))
     assert marked_row(example, chat) == "1 tools\nuser: w?\nassistant: [[Look!<sky><|im_end|>]]\n"
     assert example.answer == "Look!<sky>"  # what is asked for is the call too
+    chat.chat_template["default"] = chat.chat_template["default"].replace("{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}", "")
+    silent = [row["messages"][0], row["messages"][1] | {"content": None}]
+    assert "sky" in render({"messages": silent}, chat, DataConfig(train="unused")).answer  # a call without its tools: by a template that knows no calls
 
 
 def test_results_of_tools_belong_to_the_call_they_name():

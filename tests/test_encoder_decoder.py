@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from conftest import wake
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration, UMT5Config, UMT5ForConditionalGeneration
 
 import peftkit as pk
 from peftkit import data
@@ -203,3 +204,16 @@ def test_check_shows_the_rows_and_the_forecast_follows_both_sides(recipe, tokeni
     total.backward()
     found = forecast(Skeleton(made, model.config, gpu=False), Workload(3, 20, 21, answer=7), accumulates=False)
     assert found.activations == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+def test_an_adapted_head_merges_where_the_config_scales_the_logits():
+    """UMT5 scales what its decoder makes if its config says that weights are tied, whether or not they are."""
+    torch.manual_seed(0)
+    model = UMT5ForConditionalGeneration(UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0))
+    pk.attach(model.eval().requires_grad_(False), pk.LoRA(r=2, target_modules=["lm_head"]))
+    wake(model)
+    ids = torch.randint(2, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(input_ids=ids, decoder_input_ids=ids).logits
+        pk.merge(model)
+        torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)

@@ -167,7 +167,7 @@ def test_a_damaged_result_is_told(uninterrupted, tmp_path):
     (folder / "result.json").write_text("{}")
     written = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(written.replace(str(uninterrupted), str(folder)))
-    with pytest.raises(ConfigError, match=r"result.json is no result of a run \(TypeError.*remove it to go on"):
+    with pytest.raises(ConfigError, match=r"result.json is no result of a run \(TypeError.*remove the folder, or give another output_dir"):
         pk.run(recipe(folder), resume=True)
 
 

@@ -229,7 +229,7 @@ def test_the_command_ends_with_1_and_the_cause(tmp_path, capsys):
         "model": {"name": "builtin:tiny", "dtype": "float32"},
         "methods": ["lora"],
         "data": {"train": "builtin:tool-calls/train", "train_rows": 32},
-        "train": {"learning_rate": 30.0, "max_steps": 60, "batch_size": 2, "lr_scheduler": "constant", "max_grad_norm": 1e9},
+        "train": {"learning_rate": 300.0, "max_steps": 60, "batch_size": 2, "lr_scheduler": "constant", "max_grad_norm": 1e9},
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "recipe.json").write_text(json.dumps(made))
@@ -237,4 +237,20 @@ def test_the_command_ends_with_1_and_the_cause(tmp_path, capsys):
         cli.main(["run", str(tmp_path / "recipe.json")])
     told = capsys.readouterr().err
     assert ended.value.code == 1 and "Traceback" not in told and "\x1b" not in told
-    assert "failed:" in told and "Lower train.learning_rate" in " ".join(told.split()) and "warn_only: [" in told
+    assert "failed:" in told and "Lower train.learning_rate" in " ".join(told.split()) and "warn_only: [no_gradient]" in told
+
+
+def test_a_model_whose_logits_stand_still_is_no_training():
+    """The trap: it diverged until every logit is the same, whose loss is below that of the start, and no gradient comes back."""
+    wires = Tripwires(torch.nn.Linear(2, 2), {}, [], print)
+    for step in range(1, 5):
+        wires.learning(7.6, 0.0, step)
+    wires.learning(7.6, 0.1, 5)  # it came back
+    for step in range(6, 11):
+        wires.learning(0.0, 0.0, step)  # all learnt
+    for step in range(11, 15):
+        wires.learning(7.6, 0.0, step)
+    again = Tripwires(torch.nn.Linear(2, 2), {}, [], print)
+    again.load_state_dict(wires.state_dict())
+    with pytest.raises(TrainingStopped, match=r"zero in the last 5 steps up to step 15, at a loss of 7.6.*Lower train\.learning_rate"):
+        again.learning(7.6, 0.0, 15)

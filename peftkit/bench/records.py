@@ -21,7 +21,7 @@ from peftkit.config import Config, ConfigError, Source, validate
 
 TAIL = 60  # lines of a failed cell's log that are kept in its record
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
-DIVERGED = re.compile(r"\(tripwire (not_finite|loss_rising); `train\.warn_only")  # as tripwires.py ends what stops a run, not what only warns
+DIVERGED = re.compile(r"\(tripwire (not_finite|loss_rising|no_gradient); `train\.warn_only")  # as tripwires.py ends what stops a run, not what only warns
 KILLED = (-9, 137)  # how the kernel's out-of-memory killer ends a process, seen by the parent and by a shell
 STOPPED = (-15, 143, -2, 130)  # SIGTERM and Ctrl-C, before the process could answer and after it had saved a checkpoint
 Kind = Literal["out_of_memory", "divergence", "stopped", "crash"]

@@ -26,6 +26,7 @@ from rich.console import Console
 from torch import nn
 
 from peftkit import data, methods
+from peftkit.attention import attend_within_documents
 from peftkit.loss import TokenLoss
 from peftkit.memory import count_saved
 from peftkit.model import load, load_tokenizer, resolve_dtype
@@ -80,10 +81,14 @@ def measure(recipe: Recipe, rounds: int, console: Console) -> dict[str, Any]:
     set_seed(recipe.train.seed)
     dtype = "float32" if recipe.train.full_finetuning else resolve_dtype(recipe.model.dtype)
     base, _ = load(recipe.model.name, recipe.quantize, dtype, device=accelerator.device, attention=recipe.model.attention, revision=recipe.model.revision)
+    if recipe.attends_within_documents:
+        attend_within_documents(base)
+    fixed = {name for name, parameter in base.named_parameters() if not parameter.requires_grad}
     base.requires_grad_(False)
     trained = copy.deepcopy(base) if recipe.train.full_finetuning else sharing(base)
     if recipe.train.full_finetuning:
-        trained.requires_grad_(True)
+        for name, parameter in trained.named_parameters():
+            parameter.requires_grad_(name not in fixed)
     if recipe.methods:
         methods.attach(trained, recipe.build_methods())
     optimizer = build_optimizer(trained, recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.optimizer)

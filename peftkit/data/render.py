@@ -71,7 +71,8 @@ class Renderer:
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         with_tools = tokenizer.get_chat_template(None, [{}]) if tokenizer.chat_template else ""  # some have a template of its own for rows with tools
         self.has_markers = {bool(tools): bool(re.search(r"\{%-?\s*generation\s*-?%\}", text)) for tools, text in ((0, self.template), (1, with_tools))}
-        self.takes_tools, self.takes_calls = (bool(re.search(rf"\b{name}\b", with_tools)) for name in ("tools", "tool_calls"))
+        self.takes_tools = bool(re.search(r"\btools\b", with_tools))
+        self.takes_calls = {bool(tools): bool(re.search(r"\btool_calls\b", text)) for tools, text in ((0, self.template), (1, with_tools))}
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("")["input_ids"][:1] == [self.bos]
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -132,9 +133,9 @@ class Renderer:
             return Draft(row, row.text, [(0, len(row.text))])
         if not self.template:
             return self.draft_plain(row)
-        if (spoken := self.spoken(row.messages)) is not row.messages:
-            row = replace(row, messages=spoken)
         tools = self.tools(row)
+        if (spoken := self.spoken(row.messages, bool(tools))) is not row.messages:
+            row = replace(row, messages=spoken)
         if not self.has_markers[bool(tools)]:
             return self.draft_by_spans(row, tools)
         shown = [{key: value for key, value in turn.items() if value is not None} for turn in row.messages]  # as apply_chat_template does
@@ -283,9 +284,9 @@ class Renderer:
         own = [turn for turn in turns if turn >= row.given]
         return own[-1:] if self.config.loss_on == "last" else own
 
-    def spoken(self, messages: list[Turn]) -> list[Turn]:
-        """Tool calls as the content of their turn, where the template does not know them."""
-        if self.takes_calls or not any(turn.get("tool_calls") for turn in messages):
+    def spoken(self, messages: list[Turn], tools: bool) -> list[Turn]:
+        """Tool calls as the content of their turn, where the template of rows with tools, or of those without, does not know them."""
+        if self.takes_calls[tools] or not any(turn.get("tool_calls") for turn in messages):
             return messages
         self.counts["the chat template does not know tool calls: they are written as JSON"] += 1
         return [{**turn, "content": "\n".join(filter(None, (turn["content"], call_text(turn))))} if turn.get("tool_calls") else turn for turn in messages]

@@ -94,8 +94,8 @@ def generate_answers(
         ids = torch.tensor([[pad] * left + list(prompts[i]) + [pad] * right for i, left, right in zip(chosen, before, after, strict=True)])
         mask = torch.tensor([[0] * left + [1] * len(prompts[i]) + [0] * right for i, left, right in zip(chosen, before, after, strict=True)])
         before_answer = 0 if model.config.is_encoder_decoder else width
-        if longest is not None and before_answer < longest:  # beyond, GPT-2 has no row for a position
-            config.max_new_tokens = min(max_new_tokens, longest - before_answer)
+        room = longest - before_answer if longest is not None else 0  # where GPT-2 would have no row for a position
+        config.max_new_tokens = min(max_new_tokens, room) if room > 0 else max_new_tokens
         output: Any = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
         for i, text in zip(chosen, tokenizer.batch_decode(output[:, answer_start(model, width) :], skip_special_tokens=True), strict=True):
             answers[i] = text.strip()

@@ -37,6 +37,12 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     )  # fmt: skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -m gpu` runs what needs a GPU; everything else runs on the CPU, also where there is one, and in processes of its own too."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def saved_llama(tmp_path):
     """The folder of a tiny Llama without tokenizer."""

@@ -21,27 +21,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def module_of(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     return lambda name: importlib.import_module(f"benchmarks.gpu.{name}")
 
 
 @pytest.mark.parametrize("name", ["adapters", "llama8b", "kernels"])
-def test_no_file_of_a_cpu(benchmark, name, tmp_path, monkeypatch):
+def test_no_file_of_a_cpu(module_of, name, tmp_path, monkeypatch):
     output = tmp_path / "gpu.json"
     with pytest.raises(SystemExit, match="ran on cpu"):
-        benchmark(name).main(["--shape", "tiny", "--device", "cpu", "--output", str(output)])
+        module_of(name).main(["--shape", "tiny", "--device", "cpu", "--output", str(output)])
     with pytest.raises(SystemExit, match="ran on cpu"):
-        benchmark("common").write(output, "cpu", {})
+        module_of("common").write(output, "cpu", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="finds none"):
-        benchmark(name).main([])
+        module_of(name).main([])
     assert not list(tmp_path.iterdir())
 
 
-def test_every_variant_starts_at_the_same_loss(benchmark):
+def test_every_variant_starts_at_the_same_loss(module_of):
     """One base, adapters that begin as nothing: whoever computes the loss, the first is the same, and training goes on."""
-    llama8b = benchmark("llama8b")
+    llama8b = module_of("llama8b")
     found = {
         (who, dora, checkpointing): llama8b.measure("tiny", "cpu", who, dora, checkpointing, tokens=16, steps=1)
         for who, dora, checkpointing in [
@@ -54,8 +54,8 @@ def test_every_variant_starts_at_the_same_loss(benchmark):
     assert found["peftkit", False, False]["trained"] == found["peft", False, True]["trained"]
 
 
-def test_the_base_is_in_4_bits_and_loads_from_its_folder(benchmark, tmp_path):
-    llama8b = benchmark("llama8b")
+def test_the_base_is_in_4_bits_and_loads_from_its_folder(module_of, tmp_path):
+    llama8b = module_of("llama8b")
     base = llama8b.build_base("tiny", "cpu", torch.float32).eval()
     assert len(quant.quantized_modules(base)) == 2 * 7
     llama8b.save_base(base, tmp_path)
@@ -67,8 +67,8 @@ def test_the_base_is_in_4_bits_and_loads_from_its_folder(benchmark, tmp_path):
         torch.testing.assert_close(loaded(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
-def test_variants_run_in_processes_of_their_own(benchmark, monkeypatch):
-    llama8b = benchmark("llama8b")
+def test_variants_run_in_processes_of_their_own(module_of, monkeypatch):
+    llama8b = module_of("llama8b")
     spec = {"shape": "tiny", "device": "cpu", "who": "peftkit", "dora": True, "checkpointing": False, "tokens": 8, "steps": 1}
     row = llama8b.in_a_process(spec)
     assert row["last_loss"] > 0 and row["peak_bytes"] is None
@@ -78,8 +78,8 @@ def test_variants_run_in_processes_of_their_own(benchmark, monkeypatch):
     llama8b.show([spec | row, spec | failed], "rehearsal")
 
 
-def test_the_table(benchmark, capsys):
-    adapters = benchmark("adapters")
+def test_the_table(module_of, capsys):
+    adapters = module_of("adapters")
     adapters.main(["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--only", "lora", "--who", "peftkit,peft"])
     assert "faster than peft" in capsys.readouterr().out
 

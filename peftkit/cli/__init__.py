@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         typer.secho(str(stopped), fg="red", err=True)
         sys.exit(stopped.exit_code)
     finally:
+        gc.freeze()  # nor are they looked through at the end, when all of it goes anyway
         gc.enable()
 
 

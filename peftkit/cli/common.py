@@ -27,6 +27,7 @@ def quiet_libraries() -> None:
     """For the time after the imports: garbage is collected again, the libraries' own progress bars stay out of log files, and their advice out of sight."""
     import transformers
 
+    gc.freeze()  # what was imported stays, and is left out of every collection
     gc.enable()
     transformers.logging.disable_progress_bar()
     warnings.formatwarning = _in_one_line

@@ -155,12 +155,15 @@ def train(model: Any, rows: int, tokens: int, accumulation: int, autocast: bool,
 
 def build(setting: Setting, folder: str, device: str) -> Any:
     import peftkit as pk
+    from peftkit.attention import attend_within_documents
     from peftkit.model import load
     from peftkit.recipe import load_recipe
     from peftkit.train import enable_checkpointing
 
     found = load_recipe(recipe(setting, folder))
     model, _ = load(folder, found.quantize, "float32" if setting.method == "full" else setting.dtype, device=device)
+    if found.attends_within_documents:
+        attend_within_documents(model)
     if setting.method == "full":
         model.requires_grad_(True)
     else:

@@ -2,7 +2,7 @@
 
 transformers tells attention what a token may see by a mask, for padding and for packed documents alike. Where the mask says
 no more than that a token sees what came before it in its document, as is read from the mask itself, the products it hides are
-not computed at all. Everything else, and all that needs no gradient, goes to transformers' `sdpa` as before, to the bit.
+not computed at all. Everything else, and all that runs under `no_grad`, goes to transformers' `sdpa` as before, to the bit.
 """
 
 from __future__ import annotations

@@ -21,14 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import peftkit as pk
-from peftkit.checkpoint import CheckpointError, checkpoints
+from peftkit.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from peftkit.config import ConfigError
 from peftkit.data import DataOrder, Example, collate
 from peftkit.loss import TokenLoss
 from peftkit.optim import build_optimizer
 from peftkit.quant import quantized_modules
 from peftkit.run import Scorer, to_batch
-from peftkit.train import TrainConfig, TrainingStopped, enable_checkpointing, train
+from peftkit.save_model import write_verified
+from peftkit.train import TrainConfig, TrainingStopped, TrainStats, enable_checkpointing, train
 from peftkit.use import find_origin, load_for
 
 run_module = importlib.import_module("peftkit.run")  # the package's `run` is the function
@@ -381,7 +382,33 @@ def test_a_model_whose_run_did_not_end_is_not_cleared_away(tmp_path):
     (tmp_path / "run/result.json").unlink()
     with pytest.raises(ConfigError, match=r"run/model was trained, and the run did not end after that.*peftkit eval"):
         pk.run(made)
+    with pytest.raises(ConfigError, match=r"run/model was trained and no checkpoint is left of it: resuming would train it again from the start"):
+        pk.run(made, resume=True)
     assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+def test_a_model_that_was_not_written_whole_is_not_kept(tmp_path, monkeypatch):
+    """On a full disk every attempt would leave another piece of it, as if it could be used."""
+    model = tiny_llama()
+
+    def full(folder):
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"could not be written to .*run/model: No space left on device"):
+        write_verified(model, None, tmp_path / "run/model", keep=True)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_the_peak_is_that_of_the_process_that_trained(uninterrupted):
+    """Who is stopped while the last evaluation runs goes on in a process that only loads and evaluates."""
+    state = load_checkpoint(checkpoints(uninterrupted / "checkpoints")[-1])[1]
+    stats = TrainStats(**state["stats"])
+    assert stats.peak_memory_bytes > 0
+    stats.peak_memory_bytes = 2**60
+    assert stats.summary()["peak_memory_bytes"] == 2**60
 
 
 def test_a_disk_that_is_full_at_the_end_is_told(tmp_path, monkeypatch):

@@ -27,27 +27,22 @@ def open_folder(recipe: Recipe, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir: {folder} is a file, not a folder; give another output_dir")
     must_be_writable(folder)
+    ended, kept = (folder / "result.json").exists(), checkpoints(folder / "checkpoints")
+    trained = [folder / name for name in ("adapter", "model") if (folder / name).exists()]
+    remedy = f"Score it with `peftkit eval {folder}`, remove the folder, or give another output_dir"
     if resume:
         if not written.exists():
             raise ConfigError(f"output_dir: nothing to resume in {folder}: it holds no recipe.yaml")
         changed = differences(read_yaml(written).data, recipe.model_dump())
         if changed:
             raise ConfigError(f"output_dir: {folder} holds a run of another recipe, which cannot be resumed with this one:\n  " + "\n  ".join(changed))
-        lost = [name for name in ("adapter", "model") if (folder / name).exists()]
-        if lost and not checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
-            raise ConfigError(
-                f"output_dir: {folder / lost[0]} was trained and no checkpoint is left of it: resuming would train it again from the start. Score it with "
-                f"`peftkit eval {folder}`, remove the folder, or give another output_dir"
-            )
+        if trained and not kept and not ended:
+            raise ConfigError(f"output_dir: {trained[0]} was trained and no checkpoint is left of it: resuming would train it again from the start. {remedy}")
         return folder
-    if checkpoints(folder / "checkpoints") and not (folder / "result.json").exists():
+    if kept and not ended:
         raise ConfigError(f"output_dir: {folder} holds an unfinished run with checkpoints; go on with --resume, remove the folder, or give another output_dir")
-    trained = [name for name in ("adapter", "model") if (folder / name).exists()]
-    if written.exists() and trained and not (folder / "result.json").exists():
-        raise ConfigError(
-            f"output_dir: {folder / trained[0]} was trained, and the run did not end after that; a new run would clear it away. Score it with "
-            f"`peftkit eval {folder}`, remove the folder, or give another output_dir"
-        )
+    if written.exists() and trained and not ended:
+        raise ConfigError(f"output_dir: {trained[0]} was trained, and the run did not end after that; a new run would clear it away. {remedy}")
     if folder.exists() and any(folder.iterdir()) and not written.exists():
         raise ConfigError(f"output_dir: {folder} is not empty and holds no run of peftkit; give another output_dir")
     return folder

@@ -20,7 +20,7 @@ import peftkit as pk
 from peftkit import data, evaluate, loss
 from peftkit.config import ConfigError
 from peftkit.evaluate import EvalConfig, EvalSet, Prediction, final_number, text
-from peftkit.evaluate.exact_match import after_thinking
+from peftkit.evaluate.exact_match import after_thinking, generate_answers
 from peftkit.loss import TokenLoss
 from peftkit.recipe import load_recipe
 from peftkit.run import Scorer, load_sets, to_batch
@@ -317,3 +317,13 @@ def test_rouge_of_a_script_that_it_cannot_read_is_refused():
     pytest.importorskip("rouge_score")
     with pytest.raises(ConfigError, match="rouge counts words of a-z and 0-9, and 1 references have none"):
         text.rouge(["Привет мир"], ["Привет мир"])
+
+
+def test_answers_end_where_positions_do_and_no_batch_shortens_the_next(monkeypatch):
+    """GPT-2 has no row for a position beyond its table; what rotates goes on beyond, with all the room that was asked for."""
+    model, tokenizer = pk.load("builtin:tiny", dtype="float32")
+    model.config.max_position_embeddings = 40
+    rooms, real = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **options: rooms.append(options["generation_config"].max_new_tokens) or real(**options))
+    assert len(generate_answers(model.eval(), tokenizer, [[5] * 50, [5] * 37, [5] * 6], 8, 1)) == 3
+    assert rooms == [8, 3, 8]  # from the shortest prompt to the longest

@@ -209,7 +209,7 @@ def measure_inference(dtype: torch.dtype, device: str, rounds: int, config: dict
                 if round_:
                     seconds[f"{kind} {name}"].append(time.perf_counter() - started)
     layers = [module for module in models["dora"].modules() if isinstance(module, LoRALinear)]
-    kept = sum(layer.magnitude().nbytes + sum(held[1].nbytes for held in (layer._squares, layer._norm) if held) for layer in layers)
+    kept = sum(layer.magnitude().nbytes + (layer._squares[1].nbytes if layer._squares else 0) + layer._gain[1].factor.nbytes for layer in layers)
     return {
         "dora_over_lora_rows": ratio(seconds, "rows dora", "rows lora"),
         "dora_over_lora_token": ratio(seconds, "token dora", "token lora"),
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     inference = measure_inference(dtype, args.device, args.rounds, config)
     print(
         f"DoRA's inference over LoRA's: {inference['dora_over_lora_rows']:.3f} for rows of {TOKENS}, {inference['dora_over_lora_token']:.3f} for one token; "
-        f"m and n take {inference['dora_keeps_bytes'] / inference['outputs']:.0f} bytes for each output"
+        f"m and its quotient by the norm take {inference['dora_keeps_bytes'] / inference['outputs']:.0f} bytes for each output"
     )
     if args.output:
         frozen = {name: statistics.median(times) for name, times in seconds.items() if name.endswith("|base")}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkit as pk
-from peftkit.kernels import dora_norm, fingerprint, scale_columns
+from peftkit.kernels import Gain, column_gain, dora_norm, fingerprint
+from peftkit.kernels.dora import scale_columns
 from peftkit.kernels.lowrank import zero_at_random_
 from peftkit.layers import LoRALinear, SharedInput, adapter_layers, dense_weight, is_linear, row_squares, trainable_parameters
 
@@ -234,6 +235,10 @@ def by_storage(layer):
     layer.a().untyped_storage().copy_((layer.a().detach() * 2).untyped_storage())
 
 
+def by_the_magnitude(layer):
+    layer.magnitude().data.mul_(2)
+
+
 def by_numpy(layer):
     layer.b().detach().numpy()[0, 0] += 3
 
@@ -263,8 +268,11 @@ def by_a_new_base(layer):
     layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach() * 2, requires_grad=False)
 
 
+WRITES = (by_data, by_storage, by_the_magnitude, by_numpy, by_swapped_rows, by_another_tensor, by_state_dict, by_one_bit, by_the_base, by_a_new_base)
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("write", [by_data, by_storage, by_numpy, by_swapped_rows, by_another_tensor, by_state_dict, by_one_bit, by_the_base, by_a_new_base])
+@pytest.mark.parametrize("write", WRITES)
 def test_the_norm_follows_every_way_to_write(write, training):
     layer = adapted("dora", torch.float32).train(training).q_proj
     assert norm_is_right(layer)
@@ -292,13 +300,25 @@ def test_the_norm_stays_while_nothing_changes(monkeypatch):
     assert len(calls) == 8
 
 
-def test_evaluation_keeps_m_and_n_and_nothing_else():
+def test_evaluation_keeps_m_and_its_quotient_by_n_and_nothing_else():
     model = adapted("dora", torch.float32).eval()
     model(tokens(3, 16, dtype=torch.float32))
     for layer in adapter_layers(model).values():
-        held = [value for value in vars(layer).values() if isinstance(value, tuple) and len(value) == 3 and isinstance(value[1], Tensor)]
-        assert [tuple(tensor.shape) for _, tensor, _ in held] == [(16,)] and layer.magnitude().shape == (16,)
-        assert all(weight.data_ptr() == layer.base_layer.weight.data_ptr() for _, _, weight in held)  # the frozen weight itself, no copy
+        held = [value for value in vars(layer).values() if isinstance(value, tuple) and len(value) == 3]
+        assert [tuple(gain.factor.shape) for _, gain, _ in held] == [(16,)] and layer.magnitude().shape == (16,)
+        assert isinstance(held[0][1], Gain) and held[0][2].data_ptr() == layer.base_layer.weight.data_ptr()  # the frozen weight itself, no copy
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_few_tokens_of_half_precision_are_as_exact_as_many(method):
+    """In evaluation they are multiplied with A and B as they are, which need not be cast then."""
+    model = adapted(method, torch.bfloat16).eval()
+    layer, x = model.q_proj, tokens(64, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = x.double() @ copy.deepcopy(layer).double().merged_weight().T
+        few, many = torch.cat([layer(part) for part in x.split(4)]).double(), layer(x).double()
+    assert not torch.equal(few, many)
+    assert (few - exact).norm() <= (many - exact).norm()
 
 
 def test_moving_a_model_to_bf16_does_not_round_the_norm():
@@ -328,9 +348,11 @@ def test_scaling_bf16_columns_is_as_exact_as_fp32(spread):
     y = tokens(64, 32, dtype=torch.float32).bfloat16()
     gain = 1 + spread * (2 * torch.rand(32, generator=torch.Generator().manual_seed(2)) - 1)
     exact = y.double() * gain.double()
-    error = ((scale_columns(y, gain).double() - exact).abs() / exact.abs()).max()
+    columns = column_gain(gain, torch.ones(32), y.dtype)
+    error = ((scale_columns(y, columns).double() - exact).abs() / exact.abs()).max()
     assert error <= 2**-8 * 1.05  # half a unit in the last place of bf16 is 2^-9 of the value at worst twice
-    assert torch.equal(scale_columns(y.clone(), gain, out=(z := y.clone())), z) and z.dtype == torch.bfloat16
+    assert torch.equal(scale_columns(y.clone(), columns, out=(z := y.clone())), z) and z.dtype == torch.bfloat16
+    assert columns.excess == (spread <= 0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms

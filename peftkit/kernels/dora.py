@@ -54,45 +54,53 @@ def _triton_runs(device: int) -> bool:
 
 
 class Gain(NamedTuple):
-    """g = m / n (out,) as `scale_columns` takes it."""
+    """What a CPU scales the columns of y by: g = m / n (out,), or g - 1 in the dtype of y where that is exact enough."""
 
-    exact: Tensor
-    excess: Tensor | None
-    """g - 1 in the dtype of what is scaled, where that is how a CPU is to scale it."""
-
-
-def column_gain(y: Tensor, magnitude: Tensor, norm: Tensor) -> Gain | None:
-    """g for columns like those of y, for plain torch; the Triton kernels take it themselves and are given None."""
-    return None if triton_serves(y, 1) else _gain(gain_of(magnitude, norm), y)
+    factor: Tensor
+    excess: bool
 
 
-def compose_(
-    y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor, bias: Tensor | None, gain: Gain | None = None
-) -> Tensor:  # fmt: skip
-    """y <- m / n * (y + s h B^T) + b, in place, for y (tokens, out) in any float dtype; B, m, n and b may be wider.
+def column_gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Gain:
+    """g = m / n (out,) for a y in `dtype`: g - 1 in half precision, as long as g is near 1, where DoRA keeps it."""
+    exact = gain_of(magnitude, norm)
+    if exact.device.type == "cpu" and dtype.itemsize == 2:
+        excess = exact - 1
+        if bool(excess.abs().max() <= 0.125):
+            return Gain(excess.to(dtype), True)
+    return Gain(exact, False)
 
-    Who has the `column_gain` of y already may give it.
+
+def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor | Gain, bias: Tensor | None) -> Tensor:
+    """y <- m / n * (y + s h B^T) + b, in place, for y (tokens, out) in any float dtype; h, B, m, n and b may be wider.
+
+    Who has the `column_gain` already may give it in place of the norm.
     """
-    if triton_serves(y, b.shape[1]) and y.stride(1) == 1:
+    if isinstance(norm, Tensor) and triton_serves(y, b.shape[1]) and y.stride(1) == 1:
         from peftkit.kernels import triton_dora
 
         with torch.cuda.device_of(y):
             return triton_dora.compose_(y, h, b, scale, magnitude, norm, bias)
-    y.addmm_(h, b.to(y.dtype).T, alpha=scale)
-    scale_columns(y, gain or gain_of(magnitude, norm), out=y)
+    add_update_(y, h, b, scale)
+    scale_columns(y, _gain(magnitude, norm, y), out=y)
     return y if bias is None else y.add_(bias)
 
 
+def add_update_(y: Tensor, h: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y <- y + s h B^T in the dtype of h (tokens, r), in place, for y (tokens, out); B may be wider."""
+    if h.dtype == y.dtype:
+        return y.addmm_(h, b.to(y.dtype).T, alpha=scale)
+    return y.add_(h @ b.to(h.dtype).T, alpha=scale)
+
+
 def compose_backward(
-    grad: Tensor, y: Tensor | None, magnitude: Tensor, norm: Tensor, bias: Tensor | None, gain: Gain | None = None,
-    *, need_magnitude: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    grad: Tensor, y: Tensor | None, magnitude: Tensor, norm: Tensor | Gain, bias: Tensor | None, *, need_magnitude: bool, need_bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(G g, dm, db) of `compose_` from G = dL/dy and its output y, both (tokens, out).
 
     dm = sum_t G (y - b) / m, since what g multiplied is (y - b) / g: it need not be kept. A row with m = 0 gives no
     signal. db = sum_t G. Gradients that are not needed are None; y is read for dm only.
     """
-    if triton_serves(grad, 1):
+    if isinstance(norm, Tensor) and triton_serves(grad, 1):
         from peftkit.kernels import triton_dora
 
         with torch.cuda.device_of(grad):
@@ -104,7 +112,7 @@ def compose_backward(
         grad_magnitude = torch.where(magnitude == 0, 0, sum_of_rows(scaled, magnitude.dtype) / magnitude)
         scaled = scaled if scaled.dtype == grad.dtype else None  # its memory serves again
     grad_bias = sum_of_rows(grad, bias.dtype) if need_bias and bias is not None else None
-    return scale_columns(grad, gain or gain_of(magnitude, norm), out=scaled), grad_magnitude, grad_bias
+    return scale_columns(grad, _gain(magnitude, norm, grad), out=scaled), grad_magnitude, grad_bias
 
 
 def sum_of_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,30 +124,25 @@ def sum_of_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sum(0, dtype=None if x.device.type == "cpu" and x.dtype.itemsize == 2 else dtype).to(dtype)
 
 
-def _gain(exact: Tensor, y: Tensor) -> Gain:
-    if y.device.type == "cpu" and y.dtype.itemsize == 2:
-        excess = exact - 1
-        if bool(excess.abs().max() <= 0.125):
-            return Gain(exact, excess.to(y.dtype))
-    return Gain(exact, None)
+def _gain(magnitude: Tensor, norm: Tensor | Gain, y: Tensor) -> Gain:
+    return norm if isinstance(norm, Gain) else column_gain(magnitude, norm, y.dtype)
 
 
-def scale_columns(y: Tensor, gain: Gain | Tensor, out: Tensor | None = None) -> Tensor:
+def scale_columns(y: Tensor, gain: Gain, out: Tensor | None = None) -> Tensor:
     """y * g in the dtype of y for y (tokens, out) and g (out,) that may be wider; `out` may be y itself.
 
     Multiplying half precision by fp32 takes a copy of y in fp32 on a CPU. y + y (g - 1) takes one pass, and is as exact as
-    long as g is near 1, where DoRA keeps it: the rounding of g - 1 is then far below that of y. Elsewhere the copy is made
-    of some rows at a time, which stay in the cache.
+    long as g is near 1: the rounding of g - 1 is then far below that of y. Elsewhere the copy is made of some rows at a
+    time, which stay in the cache.
     """
-    gain = gain if isinstance(gain, Gain) else _gain(gain, y)
-    if gain.excess is not None:
-        return torch.addcmul(y, y, gain.excess, out=out)
+    if gain.excess:
+        return torch.addcmul(y, y, gain.factor, out=out)
     if y.device.type == "cpu" and y.dtype.itemsize == 2:
         out = torch.empty_like(y) if out is None else out
         for rows, target in zip(y.split(_CACHED_ROWS), out.split(_CACHED_ROWS), strict=True):
-            target.copy_(rows * gain.exact)
+            target.copy_(rows * gain.factor)
         return out
-    return torch.mul(y, gain.exact).to(y.dtype) if out is None else torch.mul(y, gain.exact, out=out)
+    return torch.mul(y, gain.factor).to(y.dtype) if out is None else torch.mul(y, gain.factor, out=out)
 
 
 def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkit.kernels.dora import column_gain, compose_, compose_backward, gain_of, sum_of_rows
+from peftkit.kernels.dora import Gain, add_update_, compose_, compose_backward, gain_of, sum_of_rows
 
 Weight = Callable[[torch.dtype], Tensor]
 
@@ -105,9 +105,13 @@ def _multiply(flat: Tensor, factors: Sequence[Tensor], dropout: Dropout) -> Tens
     return h.mul_(1 / (1 - dropout.p)) if dropout.p else h
 
 
-def _transposed(h: Tensor) -> Tensor:
-    """h^T (r, tokens), copied on a CPU, whose products with a transposed left side take up to a third longer."""
-    return h.T.contiguous() if h.device.type == "cpu" else h.T
+def _gradients_of(factors: Sequence[Tensor], grad_h: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """dA = dh^T x (r, in) of every A, for dh (tokens, sum of r) and x (tokens, in).
+
+    The product is taken with the wide side transposed, then turned: as written, CPUs take up to 1.6 times as long.
+    """
+    for a, part in zip(factors, (x.T @ grad_h).split([a.shape[0] for a in factors], 1), strict=True):
+        yield part.T.to(a.dtype, memory_format=torch.contiguous_format)
 
 
 def _add_gradient_of_input_(grad_x: Tensor, grad_h: Tensor, low_a: Tensor, dropout: Dropout) -> None:
@@ -155,9 +159,9 @@ class _SharedDown(torch.autograd.Function):
         if drop.p:
             grad_h = grad_h * (1 / (1 - drop.p))
         if any(ctx.needs_input_grad[4:]):
-            parts = _transposed(grad_h) @ drop(x.reshape(-1, x.shape[-1]))
-            for (i, _), part in zip(used, parts.split([factors[i].shape[0] for i, _ in used]), strict=True):
-                grad_a[i] = part.to(factors[i].dtype)
+            gradients = _gradients_of([factors[i] for i, _ in used], grad_h, drop(x.reshape(-1, x.shape[-1])))
+            for (i, _), gradient in zip(used, gradients, strict=True):
+                grad_a[i] = gradient
         if ctx.needs_input_grad[0]:
             # Nothing but `linear` sees the x that went through, so its gradient is ours to change.
             grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
@@ -178,38 +182,60 @@ def shared_down(x: Tensor, factors: Sequence[Tensor], dropout: float, after: Cal
 # ------------------------------------------------------------------------------------------------------------ the layer
 
 
+class Around(NamedTuple):
+    """What the node of a layer is built around, tensors that ask for gradients aside."""
+
+    frozen: Callable[[Tensor], Tensor]
+    weight: Weight
+    norm: Callable[[], Tensor | Gain] | None
+    scale: float
+    dropout: float
+    seed: int
+    fuse: bool
+
+
+FEW = 16
+"""Up to so many tokens, as in generation, evaluation multiplies with A and B as they are: casting both would cost more than the products."""
+
+
+def _output(
+    x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, magnitude: Tensor | None, bias: Tensor | None, around: Around, few: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Gain | None]:
+    """(y (..., out), h (tokens, r), the places of the zeros, the norm or gain); for LoRA the frozen product holds the bias already."""
+    places = norm = None
+    if h is None:
+        assert a is not None
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        drop = Dropout.of(flat, around.dropout, around.seed)
+        h = _multiply(flat.to(torch.promote_types(flat.dtype, a.dtype)) if few and len(flat) <= FEW else flat, [a], drop)
+        places = drop.to_keep()
+    y = around.frozen(x.contiguous())
+    flat_y = y.view(-1, y.shape[-1])  # (tokens, out)
+    if magnitude is not None and around.norm is not None:
+        norm = around.norm()  # after the product with W, which leaves W in the cache
+        compose_(flat_y, h, b, around.scale, magnitude, norm, bias)
+    elif around.fuse or h.dtype != y.dtype:
+        add_update_(flat_y, h, b, around.scale)
+    else:  # rounds where peft rounds
+        flat_y.add_((h @ b.to(y.dtype).T).mul_(around.scale))
+    return y, h, places, norm
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, magnitude: Tensor | None, bias: Tensor | None,
-        frozen: Callable[[Tensor], Tensor], weight: Weight, norm_of: Callable[[], Tensor] | None, scale: float, dropout: float, seed: int, fuse: bool,
-    ) -> Tensor:  # fmt: skip
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        own, places = h is None, None
-        if h is None:
-            assert a is not None
-            drop = Dropout.of(flat, dropout, seed)
-            h, places = _multiply(flat, [a], drop), drop.to_keep()
-        y = frozen(flat)  # (tokens, out); LoRA: with the bias, DoRA: without
-        ctx.gain = norm = None
+        ctx: Any, x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, magnitude: Tensor | None, bias: Tensor | None, around: Around
+    ) -> Tensor:
+        own = h is None
         # In half precision y - b for the gradient of m would keep no more than the rounding of a large b: what it needs is kept before b is added.
-        ctx.apart = magnitude is not None and bias is not None and y.dtype.itemsize == 2 and ctx.needs_input_grad[4]
-        if magnitude is not None and norm_of is not None:
-            norm = norm_of()  # after the product with W, which leaves W in the cache
-            ctx.gain = column_gain(y, magnitude, norm)
-            compose_(y, h, b, scale, magnitude, norm, None if ctx.apart else bias, ctx.gain)
-        elif fuse:
-            y.addmm_(h, b.to(y.dtype).T, alpha=scale)
-        else:  # rounds where peft rounds
-            y.add_((h @ b.to(y.dtype).T).mul_(scale))
+        ctx.apart = magnitude is not None and bias is not None and x.dtype.itemsize == 2 and ctx.needs_input_grad[4]
+        y, h, places, norm = _output(x, h, a, b, magnitude, None if ctx.apart else bias, around)
         before = y
         if ctx.apart and bias is not None:
             y = y + bias.to(y.dtype)
-        if x.ndim != 2:
-            y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view to autograd: the model may write into what it is given
         # The norm is the layer's own, kept from step to step and never written to: no activation.
-        ctx.weight, ctx.norm, ctx.scale, ctx.dropout, ctx.seed, ctx.shape = weight, norm, scale, dropout, seed, x.shape
-        if magnitude is None or y.is_inference():
+        ctx.around, ctx.norm, ctx.shape = around, norm, x.shape
+        if magnitude is None:
             ctx.save_for_backward(x if own else None, places, h, a, b, None, bias, None)
         elif ctx.apart:
             ctx.save_for_backward(x if own else None, places, h, a, b, magnitude, bias, before)
@@ -224,54 +250,55 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         refuse_second_derivative()
         x, places, h, a, b, magnitude, bias, y = ctx.saved_tensors
-        need_x, need_h, need_a, need_b, need_magnitude, need_bias = ctx.needs_input_grad[:6]
+        _, weight, _, scale, dropout, seed, _ = ctx.around
+        need_x, need_h, need_a, need_b, need_magnitude, need_bias, _ = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x: Any = None
-        grad_h: Any = None
-        grad_a = grad_b = grad_magnitude = grad_bias = None
+        grad_x = grad_h = grad_a = grad_b = grad_magnitude = grad_bias = None
         if magnitude is not None:
             if ctx.apart:
                 grad_bias, bias = sum_of_rows(grad, bias.dtype) if need_bias else None, None
             elif need_magnitude and ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
-                y = compose_(x.reshape(-1, x.shape[-1]) @ ctx.weight(x.dtype).T, h, b, ctx.scale, magnitude, ctx.norm, bias, ctx.gain)
+                y = compose_(x.reshape(-1, x.shape[-1]) @ weight(x.dtype).T, h, b, scale, magnitude, ctx.norm, bias)
             y = y.reshape(grad.shape)
             grad, grad_magnitude, of_bias = compose_backward(
-                grad, y, magnitude, ctx.norm, bias, ctx.gain, need_magnitude=need_magnitude, need_bias=need_bias and not ctx.apart
+                grad, y, magnitude, ctx.norm, bias, need_magnitude=need_magnitude, need_bias=need_bias and not ctx.apart
             )
             grad_bias = of_bias if of_bias is not None else grad_bias
         elif need_bias:
             grad_bias = sum_of_rows(grad, bias.dtype)
         if need_x:
-            grad_x = grad @ ctx.weight(grad.dtype)  # (tokens, in)
+            grad_x = grad @ weight(grad.dtype)  # (tokens, in)
         if need_b:
-            # The product the other way round is slower on CPUs, up to 1.6 times for wide outputs.
-            grad_b = (_transposed(h) @ grad).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(ctx.scale)  # (out, r)
+            grad_b = (grad.T @ h).to(b.dtype).mul_(scale)  # (out, r)
         if need_h or need_a or (need_x and a is not None):
-            grad_h = (grad @ b.to(grad.dtype)).mul_(ctx.scale / (1 - ctx.dropout))  # (tokens, r)
+            grad_h = (grad @ b.to(grad.dtype)).mul_(scale / (1 - dropout))  # (tokens, r)
         if a is not None and (need_a or need_x):
             flat = x.reshape(-1, x.shape[-1])
-            drop = Dropout.of(flat, ctx.dropout, ctx.seed, places)
+            drop = Dropout.of(flat, dropout, seed, places)
             if need_a:
-                grad_a = (_transposed(grad_h) @ drop(flat)).to(a.dtype)  # dh holds the 1 / (1 - p) of the dropout
+                (grad_a,) = _gradients_of([a], grad_h, drop(flat))  # dh holds the 1 / (1 - p) of the dropout
             if need_x:
                 _add_gradient_of_input_(grad_x, grad_h, a.to(grad.dtype), drop)
         if need_x and len(ctx.shape) != 2:
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_h if need_h else None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None, None, None, None, None
+        return grad_x, grad_h if need_h else None, grad_a, grad_b, grad_magnitude, grad_bias, None
 
 
 def linear(
     x: Tensor, b: Tensor, *, frozen: Callable[[Tensor], Tensor], weight: Weight, scale: float, a: Tensor | None = None, h: Tensor | None = None,
-    dropout: float = 0.0, magnitude: Tensor | None = None, bias: Tensor | None = None, norm: Callable[[], Tensor] | None = None, fuse: bool = True,
+    dropout: float = 0.0, magnitude: Tensor | None = None, bias: Tensor | None = None, norm: Callable[[], Tensor | Gain] | None = None, fuse: bool = True,
 ) -> Tensor:  # fmt: skip
     """y (..., out) of a frozen linear with a low-rank update, and DoRA's scaling where `magnitude` is given and `norm`, which gives that of W + s B A.
 
     Either `a`, or `h` with the x that came with it from `shared_down` (dropout is then in h already). frozen(x) is the
     frozen product, a fresh tensor (with the bias for LoRA, without it for DoRA); weight(dtype) gives W (out, in) for
-    backward. Gradients flow to x, h, A, B, m and b in their own dtypes. Without `fuse` the update is rounded before it is
-    added, as in peft: outputs are then bit-equal to peft's for LoRA.
+    backward; norm() may give the `column_gain` at once. Gradients flow to x, h, A, B, m and b in their own dtypes. Without
+    `fuse` the update is rounded before it is added, as in peft: outputs are then bit-equal to peft's for LoRA.
     """
-    return _Linear.apply(x, h, a, b, magnitude, bias, frozen, weight, norm, scale, dropout, draw_seed(dropout), fuse)
+    around = Around(frozen, weight, norm, scale, dropout, draw_seed(dropout), fuse)
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return _output(x, h, a, b, magnitude, bias, around, few=True)[0]
+    return _Linear.apply(x, h, a, b, magnitude, bias, around)
 
 
 # ------------------------------------------------------------------------------------------------------------- composed
@@ -306,28 +333,26 @@ def fingerprint(*tensors: Tensor) -> tuple[float, ...]:
     found: list[float] = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        if flat.storage_offset() * flat.element_size() % 8:
+        count, size = flat.numel(), flat.element_size()
+        if flat.storage_offset() * size % 8:
             flat = flat.clone()
-        if flat.numel() * flat.element_size() % 8 or flat.element_size() < 4:
-            words = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32).to(torch.int64)  # wide enough for every bit
-            found.append(int(torch.dot(words, _odd_numbers(words.numel()))))
+        if count * size % 8 or size < 4:
+            words = flat.view(torch.int16 if size == 2 else torch.int32).to(torch.int64)  # wide enough for every bit
+            found.append(torch.dot(words, _constants(count * 2, torch.float32)[0]).item())
             continue
-        words = flat.view(torch.int64)
-        found += [int(torch.dot(words, _odd_numbers(words.numel()))), torch.dot(flat, _random_numbers(flat.numel(), flat.dtype)).item()]
+        odd, random = _constants(count, flat.dtype)
+        found += (torch.dot(flat.view(torch.int64), odd).item(), torch.dot(flat, random).item())
     return tuple(found)
 
 
 @functools.lru_cache(maxsize=64)
-def _odd_numbers(count: int) -> Tensor:
-    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(count)).mul_(2).add_(1)
-
-
-@functools.lru_cache(maxsize=64)
-def _random_numbers(count: int, dtype: torch.dtype) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=dtype).add_(0.5)
+def _constants(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Odd numbers for the 8-byte words of `count` elements, and random ones for the elements."""
+    generator = torch.Generator().manual_seed(count)
+    odd = torch.randint(2**62, (count * dtype.itemsize // 8,), generator=generator).mul_(2).add_(1)
+    return odd, torch.rand(count, generator=generator, dtype=dtype).add_(0.5)
 
 
 def forget_constants() -> None:
     """Has the constants of `fingerprint` made anew: those that were made of tensors without data would be of no use to others."""
-    _odd_numbers.cache_clear()
-    _random_numbers.cache_clear()
+    _constants.cache_clear()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import quant
-from peftkit.kernels import composed, dora_norm, fingerprint, gain_of, linear, norm_memory, shared_down
+from peftkit.kernels import Gain, column_gain, composed, dora_norm, fingerprint, gain_of, linear, norm_memory, shared_down
 from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype, refuse_stacked_dora
 from peftkit.layers.bias import bias_copy
 from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, features, is_bare, is_linear, plain_linear, row_squares, weight_reader
@@ -51,7 +51,7 @@ class LoRALinear(AdapterLayer):
         self.starts = nn.ModuleDict()
         self.shared: SharedInput | None = None
         self._squares: tuple[Any, Tensor, Any] | None = None
-        self._norm: tuple[Any, Tensor, Any] | None = None
+        self._gain: tuple[Any, Gain, Any] | None = None
         self._memory: tuple[Any, Any, Any] | None = None
 
     @classmethod
@@ -172,10 +172,10 @@ class LoRALinear(AdapterLayer):
         weight = weight_reader(base)
         if not self.dora:
             return linear(x, b, frozen=base, weight=weight, scale=self.scale, bias=base.bias, fuse=self.training, **product)
-        dense = weight(x.dtype).detach()
+        dense, m = weight(x.dtype).detach(), self.magnitude(self.active[0])
         return linear(
-            x, b, frozen=lambda flat: flat @ dense.T, weight=weight, scale=self.scale, magnitude=self.magnitude(self.active[0]), bias=base.bias,
-            norm=lambda: self.norm(dense, factors), **product,
+            x, b, frozen=lambda x: F.linear(x, dense), weight=weight, scale=self.scale, magnitude=m, bias=base.bias,
+            norm=lambda: self.gain(dense, factors, m) if m.device.type == "cpu" else self.norm(dense, factors), **product,
         )  # fmt: skip
 
     def _composed(self, x: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class LoRALinear(AdapterLayer):
 
     def forget_norm(self) -> None:
         """Has DoRA's norm taken anew by the next forward."""
-        self._squares = self._norm = self._memory = None
+        self._squares = self._gain = self._memory = None
 
     def _base_key(self) -> tuple[Any, ...]:
         """Changes where the frozen weight is replaced or written to."""
@@ -226,22 +226,29 @@ class LoRALinear(AdapterLayer):
     def norm(self, weight: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """|W + s B A| by row (out,) of the active adapter; `weight` is W (out, in) in any precision.
 
-        It is kept for as long as the bits of A and B stay, which are read for it: fused optimizers, bitsandbytes and `.data`
-        write without a trace. On a GPU the reading and the choice are Triton's, so that the host need not wait; without
-        Triton the norm is taken anew.
+        On a GPU it is kept for as long as the bits of A and B stay: Triton reads them and chooses, so that the host need not wait.
         """
         a, b = factors or self.factors()
+        memory = None
         if a.device.type != "cpu":
             key = (self._base_key(), self.scale, weight.dtype, a.shape[0])
             if self._memory is None or self._memory[0] != key:
                 self._memory = (key, norm_memory(weight, a.shape[0]), self._hold())
-            return dora_norm(weight, self.squares(), a, b, self.scale, self._memory[1])
-        kept = (self._base_key(), self.scale, weight.dtype, a.dtype, fingerprint(a, b))
-        if self._norm is None or self._norm[0] != kept:
-            self._norm = (kept, dora_norm(weight, self.squares(), a, b, self.scale), self._hold())
+            memory = self._memory[1]
+        return dora_norm(weight, self.squares(), a, b, self.scale, memory)
+
+    @torch.no_grad()
+    def gain(self, weight: Tensor, factors: tuple[Tensor, Tensor], magnitude: Tensor) -> Gain:
+        """What a CPU scales outputs in the dtype of `weight` by, which is W (out, in).
+
+        It is kept for as long as the bits of A, B and m stay, which are read for it: fused optimizers, bitsandbytes and `.data` write without a trace.
+        """
+        key = (self._base_key(), self.scale, weight.dtype, factors[0].dtype, fingerprint(*factors, magnitude))
+        if self._gain is None or self._gain[0] != key:
+            self._gain = (key, column_gain(magnitude, self.norm(weight, factors), weight.dtype), self._hold())
             if not self.training:  # the next norm is far off
                 self._squares = None
-        return self._norm[1]
+        return self._gain[1]
 
     # ----------------------------------------------------------------------------------------------------------- merging
 

@@ -45,20 +45,19 @@ def quantization_config(kind: Quantization, compute_dtype: torch.dtype, skip: li
     )
 
 
-@functools.cache  # asked in every forward of every layer
-def _is(kind: type, name: str) -> bool:
-    # A class of bitsandbytes can only exist once bitsandbytes is imported; asking must not import it.
+def _is(module: Any, name: str) -> bool:
+    # A bitsandbytes module can only exist once bitsandbytes is imported; asking must not import it.
     bitsandbytes = sys.modules.get("bitsandbytes")
-    return bitsandbytes is not None and issubclass(kind, getattr(bitsandbytes.nn, name))
+    return bitsandbytes is not None and isinstance(module, getattr(bitsandbytes.nn, name))
 
 
 def is_4bit(module: Any) -> bool:
-    return _is(type(module), "Linear4bit")
+    return _is(module, "Linear4bit")
 
 
 def is_8bit(module: Any) -> bool:
     """Whether the module stores int8 weights (a Linear8bitLt that keeps 16-bit weights does not)."""
-    return _is(type(module), "Linear8bitLt") and not module.state.has_fp16_weights
+    return _is(module, "Linear8bitLt") and not module.state.has_fp16_weights
 
 
 def is_quantized(module: Any) -> bool:

@@ -64,7 +64,9 @@ class Factor(nn.Module):
 
 def held(layer: nn.Module, factors: str, adapter: str) -> nn.Parameter:
     """The tensor of one adapter in one of the layer's dicts of factors. It is read in every forward, so past `__getattr__` where that can be."""
-    return layer._modules[factors]._modules[adapter].weight  # type: ignore[union-attr, return-value]  # no parameter in a replica of nn.DataParallel
+    factor: Any = layer._modules[factors]._modules[adapter]  # type: ignore[union-attr]
+    found = factor._parameters.get("weight")
+    return factor.weight if found is None else found  # a replica of nn.DataParallel holds no parameter
 
 
 class AdapterLayer(nn.Module, ABC):

@@ -150,6 +150,11 @@ class LoRALinear(AdapterLayer):
         scales = [self.specs[adapter].scale / self.scale for adapter in self.active]
         return torch.cat([a for a, _ in pairs]), torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], 1)
 
+    def low(self) -> Tensor:
+        """A (r, in) of `factors` alone."""
+        plain = len(self.active) == 1 and self.active[0] not in self.starts
+        return self.a(self.active[0]) if plain else self.factors()[0]
+
     @property
     def scale(self) -> float:
         return self.specs[self.active[0]].scale
@@ -345,7 +350,7 @@ class SharedInput:
         if any(other is layer for other in self.layers):  # else it is a copy, such as a replica on another device
             together += [o for o in self.layers if o is not layer and o.enabled and o.training and o.active and o.dropout() == dropout]
         # What follows a backward may be an optimizer step, so nothing stays beyond it.
-        through, (h, *others) = shared_down(x.to(state[0]), [other.factors()[0] for other in together], dropout, after=self.forget)
+        through, (h, *others) = shared_down(x.to(state[0]), [other.low() for other in together], dropout, after=self.forget)
         products = {id(other): (_state_of_a(other), product) for other, product in zip(together[1:], others, strict=True)}
         SharedInput.taken = _Taken(weakref.ref(x), state, through, products) if products else None
         return through, h

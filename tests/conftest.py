@@ -12,6 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peftkit import quant
+from peftkit.kernels.dropout import Dropout
 
 
 def tiny_llama(seed: int = 0, bias: bool = True, **options) -> LlamaForCausalLM:
@@ -67,6 +68,11 @@ def wake(model: torch.nn.Module, seed: int = 3) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * 0.05)
+
+
+def zeroed(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+    """x, with what the layers' dropout zeroes for this seed zeroed in place."""
+    return Dropout.of(x, p, seed).zero_(x)
 
 
 def clone(model):

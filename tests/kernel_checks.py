@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkit.kernels.dropout import Dropout
+
 EPS = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # two to four roundings of one number
 
 
@@ -152,3 +154,24 @@ def check_memory(layer: Layer, kernels: Any) -> None:
     if layer.r > 1 and not torch.equal(layer.a[0], layer.a[-1]):
         layer.a[[0, -1]] = layer.a[[-1, 0]]  # the same elements at other places
         assert norm(poisoned).isnan().any()
+
+
+def check_dropout(device: str, dtype: torch.dtype, size: int, p: float = 0.3) -> None:
+    """The zeros of one seed are the same in a copy, in place and added to something; they have their rate, and no pattern."""
+    ones = torch.ones(size, dtype=dtype, device=device)
+    drop = Dropout(p, 2**61 + 5, None)
+    dropped = drop(ones)
+    assert dropped.dtype == dtype and set(dropped.unique().tolist()) <= {0.0, 1.0} and ones.all()
+    assert torch.equal(drop.zero_(ones.clone()), dropped)
+    y = torch.randn(size, device=device).to(dtype)
+    added = drop.add_to_(y.clone(), ones * 3)
+    close(added, y.double() + 3 * dropped.double(), dtype, size=3.0)
+    assert torch.equal(added[dropped == 0], y[dropped == 0])
+    zeros = (dropped == 0).double()
+    if size > 1000:
+        for shift in (1, 2, 1024, 2048, 4096):  # neighbours, and what one draw of Philox gives
+            rest = size - shift
+            both = (zeros[shift:] * zeros[:-shift]).sum().item()
+            assert abs(both - p * p * rest) <= 5 * (p * p * rest) ** 0.5, shift
+        assert abs(zeros.sum().item() - p * size) <= 5 * (p * (1 - p) * size) ** 0.5
+        assert not torch.equal(Dropout(p, 2**61 + 6, None)(ones), dropped)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import clone, wake
+from conftest import clone, wake, zeroed
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     GptOssConfig,
@@ -27,7 +27,6 @@ from peftkit import quant
 from peftkit.config import ConfigError
 from peftkit.forecast import Skeleton
 from peftkit.kernels.experts import Projection, routed_experts
-from peftkit.kernels.lowrank import zero_at_random_
 from peftkit.layers import Experts4bit, LoRAExperts, Spec, adapter_layers, dequantize_experts, is_experts, quantize_experts
 from peftkit.memory import count_saved
 from peftkit.recipe import load_recipe
@@ -228,7 +227,7 @@ def test_dropout_thins_the_input_of_the_update_only():
     experts, wanted = layer.experts(), 0
     for place, expert in enumerate((2, 4)):
         tokens = slots[index.flatten()[slots] == expert] // EACH
-        dropped = torch.empty_like(x).detach().index_copy_(0, tokens, zero_at_random_(x.detach()[tokens], 0.4, seed + expert))
+        dropped = torch.empty_like(x).detach().index_copy_(0, tokens, zeroed(x.detach()[tokens], 0.4, seed + expert))
         assert 0.3 < (dropped == 0).double().mean() < 0.5
         u = x @ experts.gate_up_proj[expert].T + 1.5 / 0.6 * dropped @ a[expert].T @ b[expert]
         wanted = wanted + weights[:, place, None] * (experts._apply_gate(u) @ experts.down_proj[expert].T)

@@ -187,6 +187,12 @@ def test_dora_kernels(layer):
     checks.check_nan(layer, dora)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [0, 1, 4097, 3_000_000])
+def test_dropout(dtype, size):
+    checks.check_dropout(DEVICE, dtype, size)
+
+
 def test_the_kernels_beside_plain_torch(monkeypatch):
     layer = checks.Layer(DEVICE, torch.bfloat16, 128, 256, 192, 16, True, 0)
 

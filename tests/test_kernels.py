@@ -11,14 +11,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_llama, wake
+from conftest import tiny_llama, wake, zeroed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkit as pk
 from peftkit.kernels import Gain, column_gain, dora_norm, fingerprint
 from peftkit.kernels.dora import scale_columns
-from peftkit.kernels.lowrank import zero_at_random_
 from peftkit.layers import LoRALinear, SharedInput, adapter_layers, dense_weight, is_linear, row_squares, trainable_parameters
 
 METHODS = {"lora": pk.LoRA, "dora": pk.DoRA}
@@ -157,19 +156,19 @@ def test_copies_are_of_their_own(how, tmp_path):
 @pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 0.95])
 def test_dropout_has_its_rate_and_the_places_are_independent(p):
     n = 1_000_000
-    dropped = zero_at_random_(torch.ones(n), p, seed=3) == 0
+    dropped = zeroed(torch.ones(n), p, seed=3) == 0
     error = (p * (1 - p) / n) ** 0.5
     assert abs(dropped.double().mean().item() - p) <= 5 * error
     both = (dropped[1:] & dropped[:-1]).double().mean().item()
     assert abs(both - p * p) <= 5 * (p * p / n) ** 0.5 + 1e-9, "neighbours"
     halves = dropped.view(2, -1).double().mean(1)
     assert (halves - p).abs().max() <= 8 * error, "beginning and end"
-    assert torch.equal(zero_at_random_(torch.ones(n), p, seed=3) == 0, dropped) and not torch.equal(zero_at_random_(torch.ones(n), p, seed=4) == 0, dropped)
+    assert torch.equal(zeroed(torch.ones(n), p, seed=3) == 0, dropped) and not torch.equal(zeroed(torch.ones(n), p, seed=4) == 0, dropped)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7])
 def test_dropout_of_next_to_nothing(size):
-    rates = [zero_at_random_(torch.ones(size), 0.5, seed).sum().item() for seed in range(400)]
+    rates = [zeroed(torch.ones(size), 0.5, seed).sum().item() for seed in range(400)]
     assert abs(sum(rates) / 400 - size / 2) <= 0.25 * size
 
 
@@ -681,7 +680,7 @@ def test_fingerprints_of_parts_of_a_larger_buffer():
 
 @pytest.mark.parametrize("p", [1e-300, 1e-20, 1e-17, 1e-16, 1e-12])
 def test_rates_so_small_that_nothing_is_dropped(p):
-    assert zero_at_random_(torch.ones(1000), p, seed=1).all()
+    assert zeroed(torch.ones(1000), p, seed=1).all()
 
 
 def replicate(module: nn.Module) -> nn.Module:

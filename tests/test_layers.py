@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_llama, wake
+from conftest import tiny_llama, wake, zeroed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 import peftkit as pk
 from peftkit import quant
 from peftkit.kernels import dora_norm
-from peftkit.kernels.lowrank import zero_at_random_
 from peftkit.layers import AdapterLayer, LoRALinear, Spec, adapter_layers, dense_weight, features, trainable_parameters
 from peftkit.memory import count_saved
 from peftkit.methods import REGISTRY, LoRA
@@ -247,7 +246,7 @@ def test_gradients_equal_plain_autograd_in_fp64(method, kind, dropout):
     mask: Tensor | float = 1.0
     if dropout:
         torch.manual_seed(11)
-        mask = zero_at_random_(torch.ones(24, IN, dtype=x.dtype), dropout, int(torch.randint(2**62, ()))).view_as(x) / (1 - dropout)
+        mask = zeroed(torch.ones(24, IN, dtype=x.dtype), dropout, int(torch.randint(2**62, ()))).view_as(x) / (1 - dropout)
         assert set(mask.unique().tolist()) == {0.0, 1 / (1 - dropout)} and 0.3 < (mask == 0).double().mean() < 0.5
     parts = {trained.role: trained.parameter.detach().clone().requires_grad_() for trained in layer.role_parameters()}
     z = x.detach().clone().requires_grad_()

@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from peftkit.kernels import triton_dora
+from peftkit.kernels import triton_dora, triton_dropout
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024}  # bytes per block: RTX 4090 and L4; H100
 
@@ -57,4 +57,5 @@ def test_every_kernel_compiles(capability, dtype, r, monkeypatch, tmp_path):
     triton_dora.compose_backward(layer.grad, layer.y, layer.magnitude, layer.norm, layer.bias, need_magnitude=True, need_bias=True)
     memory = triton_dora.norm_memory(layer.weight, r)
     triton_dora.dora_norm(layer.weight, layer.squares, layer.a, layer.b, 2.0, memory)
-    assert driver.compiled == {"_compose", "_compose_backward", "_finish", "_survey", "_norm"}
+    triton_dropout.drop(layer.y, 0.1, 2**61 + 5)
+    assert driver.compiled == {"_compose", "_compose_backward", "_finish", "_survey", "_norm", "_drop"}

@@ -11,7 +11,7 @@ import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from peftkit.kernels import dora, linear, triton_dora
+from peftkit.kernels import dora, dropout, linear, triton_dora
 
 assert triton.knobs.runtime.interpret, "run this through test_triton.py"
 
@@ -74,3 +74,10 @@ def test_a_dora_layer_forward_and_backward(monkeypatch, biased):
         found.append([y, *(tensor.grad for tensor in trained)])
     for plain, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [0, 1, 4097, 20_000])
+def test_dropout(monkeypatch, dtype, size):
+    monkeypatch.setattr(dropout, "triton_serves", lambda x, r: True)
+    checks.check_dropout("cpu", dtype, size)

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit.kernels.lowrank import refuse_second_derivative, zero_at_random_
+from peftkit.kernels.dropout import Dropout
+from peftkit.kernels.lowrank import refuse_second_derivative
 
 Factors = tuple[Tensor, Tensor] | None  # A (experts, r, in) and B^T (experts, r, out) of a projection that has an update
 
@@ -42,7 +43,7 @@ class Projection:
 
     def dropped(self, x: Tensor, seed: int) -> Tensor:
         """x (rows, in) with the same elements zeroed for the same seed; what grows in return is the step."""
-        return zero_at_random_(x.clone(memory_format=torch.contiguous_format), self.dropout, seed) if self.dropout else x
+        return Dropout.of(x, self.dropout, seed)(x)
 
     @property
     def step(self) -> float:

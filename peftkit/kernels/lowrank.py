@@ -15,8 +15,7 @@ A, B and m may be wider.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,71 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.kernels.dora import Gain, add_update_, compose_, compose_backward, gain_of, sum_of_rows
+from peftkit.kernels.dropout import Dropout, draw_seed
 
 Weight = Callable[[torch.dtype], Tensor]
-
-
-# -------------------------------------------------------------------------------------------------------------- dropout
-
-
-REMEMBERED = 0.1
-"""Up to this rate of dropout a CPU keeps the places of the zeros for backward, 4 bytes each, instead of drawing them again."""
-
-
-def zeroed_places(count: int, p: float, seed: int) -> Tensor:
-    """Which of `count` elements are dropped, each with probability p, in ascending order; the same ones for the same seed.
-
-    The gaps between them are drawn (they are geometric): p * count random numbers instead of count.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    end, found = 0, [torch.empty(0, dtype=torch.int64)]
-    while end < count:
-        expected = (count - end) * p
-        u = torch.rand(int(expected + 4 * math.sqrt(expected)) + 8, generator=generator, dtype=torch.float64 if p < 1e-4 else torch.float32)
-        gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=count).to(torch.int64).add_(1)  # each at least 1
-        position = gaps.cumsum_(0).add_(end - 1)
-        found.append(position[: int(torch.searchsorted(position, count))])
-        end = int(position[-1]) + 1
-    return found[1] if len(found) == 2 else torch.cat(found)
-
-
-class Dropout(NamedTuple):
-    """d(x) of one tensor up to its factor 1 / (1 - p): on a CPU the places of the zeros, elsewhere the seed to draw them from."""
-
-    p: float
-    seed: int
-    places: Tensor | None
-
-    @classmethod
-    def of(cls, x: Tensor, p: float, seed: int, kept: Tensor | None = None) -> Dropout:
-        """Of a tensor like `x`; `kept` is what `to_keep` gave for the same seed."""
-        if not p or x.device.type != "cpu":
-            return cls(p, seed, None)
-        return cls(p, seed, zeroed_places(x.numel(), p, seed) if kept is None else kept.to(torch.int64))
-
-    def to_keep(self) -> Tensor | None:
-        """What backward should be given, None where it is to draw anew."""
-        if self.places is None or self.p > REMEMBERED:
-            return None
-        narrow = not len(self.places) or int(self.places[-1]) < 2**31  # they ascend
-        return self.places.to(torch.int32 if narrow else torch.int64)
-
-    def zero_(self, x: Tensor) -> Tensor:
-        """Zeroes the dropped elements of the contiguous `x` in place."""
-        if self.places is not None:
-            x.view(-1).index_fill_(0, self.places, 0)
-        elif self.p:
-            generator = torch.Generator(x.device).manual_seed(self.seed)
-            x.mul_(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=generator))
-        return x
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.zero_(x.clone(memory_format=torch.contiguous_format)) if self.p else x
-
-
-def zero_at_random_(x: Tensor, p: float, seed: int) -> Tensor:
-    """Zeroes every element of the contiguous `x` with probability p, in place; the same ones for the same seed and shape."""
-    return Dropout.of(x, p, seed).zero_(x)
 
 
 # -------------------------------------------------------------------------------------------------- the low-rank product
@@ -96,7 +33,7 @@ def zero_at_random_(x: Tensor, p: float, seed: int) -> Tensor:
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """A_1, A_2, ... below each other (sum of r, in)."""
-    return factors[0].to(dtype) if len(factors) == 1 else torch.cat([a.to(dtype) for a in factors])
+    return (factors[0] if len(factors) == 1 else torch.cat(list(factors))).to(dtype)
 
 
 def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -109,13 +46,13 @@ def _multiply(flat: Tensor, factors: Sequence[Tensor], dropout: Dropout) -> Tens
     return _product(dropout(flat), _stacked(factors, flat.dtype).T, 1 / (1 - dropout.p))
 
 
-def _gradients_of(factors: Sequence[Tensor], grad_h: Tensor, x: Tensor) -> Iterator[Tensor]:
+def _gradients_of(factors: Sequence[Tensor], grad_h: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """dA = dh^T x (r, in) of every A, for dh (tokens, sum of r) and x (tokens, in).
 
     The product is taken with the wide side transposed, then turned: as written, CPUs take up to 1.6 times as long.
     """
-    for a, part in zip(factors, (x.T @ grad_h).split_with_sizes([a.shape[0] for a in factors], 1), strict=True):
-        yield part.T.to(a.dtype, memory_format=torch.contiguous_format)
+    together = (x.T @ grad_h).T.to(factors[0].dtype, memory_format=torch.contiguous_format)
+    return together.split_with_sizes([a.shape[0] for a in factors])
 
 
 def _add_gradient_of_input_(grad_x: Tensor, grad_h: Tensor, low_a: Tensor, dropout: Dropout) -> None:
@@ -123,15 +60,10 @@ def _add_gradient_of_input_(grad_x: Tensor, grad_h: Tensor, low_a: Tensor, dropo
     if not dropout.p:
         grad_x.addmm_(grad_h, low_a)
     elif dropout.places is None:
-        grad_x.add_(dropout.zero_(grad_h @ low_a))
+        dropout.add_to_(grad_x, grad_h @ low_a)
     else:  # what is dropped gets its gradient back
         dropped = grad_x.take(dropout.places)
         grad_x.addmm_(grad_h, low_a).put_(dropout.places, dropped)
-
-
-def draw_seed(dropout: float) -> int:
-    """A seed for one dropout mask, drawn from torch's generator where there is dropout."""
-    return int(torch.randint(2**62, ())) if dropout else 0
 
 
 def refuse_second_derivative(instead: str = "compute it on the merged model, or through torch.func") -> None:
@@ -260,7 +192,9 @@ class _Linear(torch.autograd.Function):
         _, weight, _, scale, dropout, seed, _ = ctx.around
         need_x, need_h, need_a, need_b, need_magnitude, need_bias, _ = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = grad_h = grad_a = grad_b = grad_magnitude = grad_bias = None
+        grad_x: Any = None
+        grad_h: Any = None
+        grad_a = grad_b = grad_magnitude = grad_bias = None
         if magnitude is not None:
             if ctx.apart:
                 grad_bias, bias = sum_of_rows(grad, bias.dtype) if need_bias else None, None

@@ -1,0 +1,90 @@
+"""Dropout as the layers need it: the same zeros again in backward, without a mask of x kept in between.
+
+On a CPU the places of the zeros are kept, or drawn again from the seed; on a GPU they are drawn where they are used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkit.kernels.dora import triton_serves
+
+REMEMBERED = 0.1
+"""Up to this rate of dropout a CPU keeps the places of the zeros for backward, 4 bytes each, instead of drawing them again."""
+
+
+def zeroed_places(count: int, p: float, seed: int) -> Tensor:
+    """Which of `count` elements are dropped, each with probability p, in ascending order; the same ones for the same seed.
+
+    The gaps between them are drawn (they are geometric): p * count random numbers instead of count.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    end, found = 0, [torch.empty(0, dtype=torch.int64)]
+    while end < count:
+        expected = (count - end) * p
+        u = torch.rand(int(expected + 4 * math.sqrt(expected)) + 8, generator=generator, dtype=torch.float64 if p < 1e-4 else torch.float32)
+        gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=count).to(torch.int64).add_(1)  # each at least 1
+        position = gaps.cumsum_(0).add_(end - 1)
+        found.append(position[: int(torch.searchsorted(position, count))])
+        end = int(position[-1]) + 1
+    return found[1] if len(found) == 2 else torch.cat(found)
+
+
+class Dropout(NamedTuple):
+    """d(x) of one tensor up to its factor 1 / (1 - p): on a CPU the places of the zeros, elsewhere the seed to draw them from."""
+
+    p: float
+    seed: int
+    places: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, p: float, seed: int, kept: Tensor | None = None) -> Dropout:
+        """Of a tensor like `x`; `kept` is what `to_keep` gave for the same seed."""
+        if not p or x.device.type != "cpu":
+            return cls(p, seed, None)
+        return cls(p, seed, zeroed_places(x.numel(), p, seed) if kept is None else kept.to(torch.int64))
+
+    def to_keep(self) -> Tensor | None:
+        """What backward should be given, None where it is to draw anew."""
+        if self.places is None or self.p > REMEMBERED:
+            return None
+        narrow = not len(self.places) or int(self.places[-1]) < 2**31  # they ascend
+        return self.places.to(torch.int32 if narrow else torch.int64)
+
+    def zero_(self, x: Tensor) -> Tensor:
+        """Zeroes the dropped elements of the contiguous `x` in place."""
+        if self.places is not None:
+            x.view(-1).index_fill_(0, self.places, 0)
+        elif self._by_triton(x):
+            self._drop(x, out=x)
+        elif self.p:
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+            x.mul_(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=generator))
+        return x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x with the dropped elements zero: a new contiguous tensor, or x itself where nothing is dropped."""
+        if self._by_triton(x):
+            return self._drop(x.contiguous())
+        return self.zero_(x.clone(memory_format=torch.contiguous_format)) if self.p else x
+
+    def add_to_(self, y: Tensor, x: Tensor) -> Tensor:
+        """y <- y + d(x), in place, for a contiguous y like x, which is used up."""
+        return self._drop(x, out=y, add=True) if self._by_triton(x) else y.add_(self.zero_(x))
+
+    def _by_triton(self, x: Tensor) -> bool:
+        return bool(self.p) and self.places is None and triton_serves(x, 1)
+
+    def _drop(self, x: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+        from peftkit.kernels import triton_dropout
+
+        return triton_dropout.drop(x, self.p, self.seed, out, add)
+
+
+def draw_seed(dropout: float) -> int:
+    """A seed for one dropout mask, drawn from torch's generator where there is dropout."""
+    return int(torch.randint(2**62, ())) if dropout else 0

@@ -92,8 +92,7 @@ def gpu(model: Path, kernels: Path, small: Path) -> str:
         "**The Triton kernels against plain torch**, times faster, over the linears of that model and 512 to 8,192 tokens:",
         table(["kernel", "least", "median", "most"], faster),
         f"**Small work**: few layers on {little['batch'][0]} x {little['batch'][1]} tokens have so little to compute that a step is the launching of "
-        "kernels; what counts there is the number of launches and Python's time for each, no adapter is near the base, and ours are not faster "
-        "than peft's LoRA:",
+        f"kernels (commit {little['commit']}). What counts there is the number of launches and Python's time for each; no adapter is near the base:",
         table(["model", "method", "step time / frozen base", "peft's", "times faster than peft", "saved bytes / frozen base", "peft's"], launched),
     ])  # fmt: skip
 

@@ -75,6 +75,25 @@ _READ = set("""
 """.split())  # fmt: skip
 
 
+def local_folder(adapter: str | Path) -> Path:
+    """Where an adapter lies: at a path of this machine, or in the cache of the hub, where `owner/name` is downloaded to. Raises ConfigError.
+
+    What could be a mistyped path, since the folder around it is here, is none of the hub's.
+    """
+    path = Path(adapter).expanduser()
+    if path.exists() or path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(adapter)):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(adapter), allow_patterns=[ADAPTER_FILE, CONFIG_FILE, CARD_FILE]))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"there is no folder {adapter}, and the adapter of this name cannot be had from the Hugging Face hub: {str(error).splitlines()[0][:200]}\n"
+            "  check its spelling, the network, HF_HUB_OFFLINE, and for gated repositories `hf auth login`"
+        ) from error
+
+
 def read_folder(folder: Path) -> AdapterFile:
     """The adapter in `folder`. Raises ConfigError where it is none or uses what peftkit does not have, CheckpointError where it is damaged."""
     if not (folder / ADAPTER_FILE).exists() and (folder / "adapter_model.bin").exists():

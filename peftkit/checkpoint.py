@@ -18,7 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftkit.adapter_file import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PREFIX, AdapterFile, CheckpointError, checksum, differs, identity, read_folder
+from peftkit.adapter_file import (
+    ADAPTER_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    PREFIX,
+    AdapterFile,
+    CheckpointError,
+    checksum,
+    differs,
+    identity,
+    local_folder,
+    read_folder,
+)
 from peftkit.config import suggest
 from peftkit.layers import ADAPTER, AdapterLayer, TrainedTokens, adapter_layers, by_file_key, candidates, file_tensors, find_rows, from_file_modules
 from peftkit.methods import LoRA, attach, attachment, delete_adapter, find_attachment, to_recipe
@@ -89,7 +101,7 @@ def _meant(model: nn.Module, adapters: list[str]) -> str:
 
 
 def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, another_base: bool = False, tokenizer: Any = None) -> nn.Module:
-    """Attaches the adapter in `folder` (ours or peft's) to `model` under the name `adapter`, or fills the one of that name.
+    """Attaches the adapter in `folder` (ours or peft's; a path or a hub id) to `model` under the name `adapter`, or fills the one of that name.
 
     A model that has adapters gets it beside them; it rests until `set_adapter` chooses it. another_base: load it although
     the weights of the base are not those it was trained on. tokenizer: the one that will be used with it, to compare its chat
@@ -98,7 +110,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
     All of it or nothing: raises CheckpointError where the files are damaged or do not fit, naming keys that are missing,
     unexpected or of another shape, and ConfigError where the folder is no adapter or uses what peftkit does not have.
     """
-    file = read_folder(Path(folder))
+    file = read_folder(local_folder(folder))
     if not another_base:
         _check_base(model, file)
     differing = [] if another_base else mismatches(model, file.card, tokenizer)

@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from rich.console import Console
 
 from peftkit import evaluate
-from peftkit.adapter_file import CARD_FILE, CONFIG_FILE, read_json
+from peftkit.adapter_file import CARD_FILE, CONFIG_FILE, local_folder, read_json
 from peftkit.average import AverageReport, average
 from peftkit.checkpoint import load_adapter
 from peftkit.config import ConfigError, read_yaml, suggest, validate
@@ -37,7 +37,7 @@ class Origin(NamedTuple):
 
 def find_origin(adapter: str | None, model: str | None = None, quantize: str | None = None) -> Origin:
     """The adapter and base that a user means by a run folder or adapter folder, and by options that go before it."""
-    folder = Path(adapter) if adapter else None
+    folder = local_folder(adapter) if adapter else None
     found, stored, dtype, revision, attention = model, None, "auto", None, "auto"
     if folder is not None:
         run_folder = folder.parent if folder.name == "adapter" else folder

@@ -406,3 +406,27 @@ def test_a_folder_that_peft_writes_over_loads_without_the_old_card(good, tmp_pat
     torch.testing.assert_close(logits(pk.load_adapter(tiny_llama(), tmp_path), ids), logits(theirs, ids), rtol=1e-5, atol=1e-6)
     pk.save_adapter(attached(tiny_llama()), tmp_path)
     pk.load_adapter(tiny_llama(), tmp_path)
+
+
+def test_an_adapter_from_the_hub(monkeypatch, tmp_path, saved_llama, ids):
+    """`owner/name` is downloaded; what looks like a path of this machine is not looked for there."""
+    pk.save_adapter(model := attached(tiny_llama()), tmp_path / "adapter")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path / "adapter"))
+    assert torch.equal(logits(pk.load_adapter(tiny_llama(), "someone/tools.v2"), ids), logits(model, ids))
+    assert asked == [("someone/tools.v2", [ADAPTER_FILE, CONFIG_FILE, CARD_FILE])]
+    monkeypatch.chdir(tmp_path)
+    for path in ("adapter/nothing", "./someone/tools", str(tmp_path / "nothing"), "nothing"):
+        with pytest.raises(ConfigError, match="is no adapter folder"):
+            pk.load_adapter(tiny_llama(), path)
+    assert len(asked) == 1
+
+
+def test_an_adapter_that_the_hub_does_not_give(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    still = Still(model := tiny_llama())
+    with pytest.raises(
+        ConfigError, match=r"no folder someone/tools, and the adapter of this name cannot be had from the Hugging Face hub: .*\n.*HF_HUB_OFFLINE"
+    ):
+        pk.load_adapter(model, "someone/tools")
+    still.check()

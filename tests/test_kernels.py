@@ -14,6 +14,7 @@ import torch
 from conftest import tiny_llama, wake, zeroed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import peftkit as pk
 from peftkit.kernels import Gain, column_gain, dora_norm, fingerprint
@@ -713,3 +714,72 @@ def test_evaluation_in_inference_mode_and_training_afterwards():
         model.eval()(x)
         model.train()(x)
     assert_close(gradients(model, model(x), x), gradients(other, other(x), x))
+
+
+# ---------------------------------------------------------------------------------------------- where and how they are called
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16), (16,)], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("base", [nn.Linear(16, 8), nn.Linear(16, 8, bias=False), Conv1D(8, 16)], ids=["linear", "no bias", "Conv1D"])
+def test_the_model_may_write_into_what_a_layer_gives(base, method, shape, grad):
+    """GPT-2's Conv1D, whose own output is a view, too."""
+    model = nn.Sequential(copy.deepcopy(base)).double()
+    pk.attach(model, METHODS[method](r=3, target_modules=["0"]))
+    wake(model)
+    x = tokens(*shape)
+    with torch.set_grad_enabled(grad):
+        y = model(x)
+    kept = y.detach().clone()
+    y.mul_(2)
+    assert y.requires_grad == grad and torch.equal(y, 2 * kept)
+    if grad:
+        y.sum().backward()
+        assert model[0].b().grad.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_deterministic_algorithms(method):
+    model = adapted(method, torch.float32, dropout=0.3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model(tokens(6, 16, dtype=torch.float32).requires_grad_()).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_reentrant_checkpoints_of_a_few_tokens_repeat_themselves(method, dropout):
+    """Their first forward runs without gradients, and must still be that of training."""
+    model = adapted(method, torch.bfloat16, dropout=dropout)
+    x = tokens(10, 16, dtype=torch.bfloat16).requires_grad_()
+    found = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=True)):
+        torch.manual_seed(7)
+        found.append(run(x))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("scale", [64.0, 1 / 64])
+def test_the_scale_neither_overflows_nor_vanishes_in_fp16(scale):
+    model = adapted(dtype=torch.float16, r=4, alpha=4 * scale)
+    layer, x = model.o_proj, tokens(50, 16, dtype=torch.float16)
+    grad = tokens(50, 16, seed=6).mul_(3000 if scale > 1 else 2e-6).half()
+    layer(x).backward(grad)
+    exact = scale * grad.double().T @ (x.double() @ layer.a().double().T)
+    assert (layer.b().grad - exact).norm() <= 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_backward_within_autocast(method, shared):
+    found = []
+    for autocast in (False, True):
+        model = adapted(method, torch.float32, shared=shared)
+        x = tokens(6, 16, dtype=torch.float32).requires_grad_()
+        y = model(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(gradients(model, y, x))
+    assert_close(*found, tolerance=1e-6)

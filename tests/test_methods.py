@@ -563,3 +563,12 @@ def test_saving_and_merging_what_is_switched_off(tmp_path, ids):
     pk.set_adapter(model, [])
     with pytest.raises(ValueError, match=r"no adapter is active, so there is none to save; choose one with peftkit.set_adapter"):
         model.save_pretrained(tmp_path / "other")
+
+
+@pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm], ids=["weight norm", "spectral norm"])
+def test_linears_that_compute_their_weight_are_left_out_and_told(computed):
+    model = nn.Sequential(computed(nn.Linear(8, 8)), nn.Linear(8, 8))
+    summary = str(pk.attach(model, pk.LoRA(r=2)))
+    assert "1 linears: 1 x1" in summary and "1 linears, such as 0, whose weight is computed in each call" in summary
+    with pytest.raises(ValueError, match="target '0' matches no layer that can be adapted"):
+        pk.attach(nn.Sequential(computed(nn.Linear(8, 8)), nn.Linear(8, 8)), pk.LoRA(r=2, target_modules=["0"]))

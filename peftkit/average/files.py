@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftkit.adapter_file import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PREFIX, CheckpointError, checksum, read_folder
+from peftkit.adapter_file import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, PREFIX, CheckpointError, checksum, local_folder, read_folder
 from peftkit.config import ConfigError, suggest
 
 
@@ -58,7 +58,7 @@ def few(names: list[str]) -> str:
 
 def find_adapter(folder: str | Path) -> Path:
     """The adapter folder that is meant by it or by its run folder. Raises ConfigError, with near names, where there is no folder."""
-    folder = Path(folder)
+    folder = local_folder(folder)
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         raise ConfigError(f"there is no folder {folder}{suggest(folder.name, near)}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-Adapter = Annotated[str | None, typer.Option("--adapter", help="A run folder or an adapter folder.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="A run folder, an adapter folder or a hub id.")]
 Model = Annotated[str | None, typer.Option("--model", help="The base (hub id, folder, builtin:tiny); by default what the adapter was trained on.")]
 Quantize = Annotated[str | None, typer.Option("--quantize", help="nf4, fp4, int8 or none; by default what the run used.")]
 
@@ -154,7 +154,7 @@ def merge(adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help=
     stdout().print(f"{done}\n{'averaged adapter' if average else 'merged model'}: {output}", highlight=False, markup=False, soft_wrap=True)
 
 
-def export(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run folder or an adapter folder.")],
+def export(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run folder, an adapter folder or a hub id.")],
            output: Annotated[str | None, typer.Argument(metavar="[FOLDER]", help="The folder to write; without it, only tell what servers take.")] = None,
            for_: Annotated[str | None, typer.Option("--for", help="peft, vllm, sglang, tgi or llama.cpp.")] = None,
            form: Annotated[str, typer.Option(help="auto, adapter (as it is), plain (LoRA of one rank, the same update), merged, or approximation "

@@ -51,7 +51,7 @@ def _gradients_of(factors: Sequence[Tensor], grad_h: Tensor, x: Tensor) -> tuple
 
     The product is taken with the wide side transposed, then turned: as written, CPUs take up to 1.6 times as long.
     """
-    together = (x.T @ grad_h).T.to(factors[0].dtype, memory_format=torch.contiguous_format)
+    together = (x.T @ grad_h).T.to(factors[0].dtype, copy=True, memory_format=torch.contiguous_format)
     return together.split_with_sizes([a.shape[0] for a in factors])
 
 
@@ -63,7 +63,8 @@ def _add_gradient_of_input_(grad_x: Tensor, grad_h: Tensor, low_a: Tensor, dropo
         dropout.add_to_(grad_x, grad_h @ low_a)
     else:  # what is dropped gets its gradient back
         dropped = grad_x.take(dropout.places)
-        grad_x.addmm_(grad_h, low_a).put_(dropout.places, dropped)
+        grad_x.addmm_(grad_h, low_a)
+        grad_x.view(-1).index_copy_(0, dropout.places, dropped)  # `put_` is no deterministic algorithm to torch
 
 
 def refuse_second_derivative(instead: str = "compute it on the merged model, or through torch.func") -> None:
@@ -72,12 +73,25 @@ def refuse_second_derivative(instead: str = "compute it on the merged model, or 
         raise RuntimeError(f"the fused layers have no second derivative; {instead}")
 
 
+def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Has a node's backward multiply in the dtypes of its forward, where `backward()` is called within autocast. The node's `ctx.device` says where."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_autocast_enabled(ctx.device):
+            return backward(ctx, *grads)
+        with torch.autocast(ctx.device, enabled=False):
+            return backward(ctx, *grads)
+
+    return wrapped
+
+
 class _SharedDown(torch.autograd.Function):
     """(x, h_1, h_2, ...) for A_1, A_2, ...: x goes through, so that backward can add to its gradient in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: float, seed: int, after: Callable[[], None], *factors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.dropout, ctx.seed, ctx.after = dropout, seed, after
+        ctx.dropout, ctx.seed, ctx.after, ctx.device = dropout, seed, after, x.device.type
         ctx.set_materialize_grads(False)
         drop = Dropout.of(x, dropout, seed)
         ctx.save_for_backward(x, drop.to_keep(), *factors)
@@ -85,6 +99,7 @@ class _SharedDown(torch.autograd.Function):
         return x.view_as(x), *h.split_with_sizes([a.shape[0] for a in factors], 1)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, grad_x: Tensor | None, *grads: Tensor | None):  # type: ignore[override]
         refuse_second_derivative()
         ctx.after()
@@ -130,11 +145,11 @@ class Around(NamedTuple):
     scale: float
     dropout: float
     seed: int
-    fuse: bool
+    training: bool
 
 
 FEW = 16
-"""Up to so many tokens, as in generation, evaluation multiplies with A and B as they are: casting both would cost more than the products."""
+"""Up to so many tokens, as in generation, evaluation without gradients multiplies with A and B as they are: casting both would cost more than the products."""
 
 
 def _output(
@@ -142,21 +157,23 @@ def _output(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Gain | None]:
     """(y (..., out), h (tokens, r), the places of the zeros, the norm or gain); for LoRA the frozen product holds the bias already."""
     places = norm = None
+    flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
     if h is None:
         assert a is not None
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         drop = Dropout.of(flat, around.dropout, around.seed)
-        h = _multiply(flat.to(torch.promote_types(flat.dtype, a.dtype)) if few and len(flat) <= FEW else flat, [a], drop)
+        few = few and len(flat) <= FEW and flat.dtype.itemsize == 2 and a.dtype == torch.float32
+        h = _multiply(flat.float() if few else flat, [a], drop)
         places = drop.to_keep()
-    y = around.frozen(x.contiguous())
-    flat_y = y.view(-1, y.shape[-1])  # (tokens, out)
+    y = around.frozen(flat)  # (tokens, out)
     if magnitude is not None and around.norm is not None:
         norm = around.norm()  # after the product with W, which leaves W in the cache
-        compose_(flat_y, h, b, around.scale, magnitude, norm, bias)
-    elif around.fuse or h.dtype != y.dtype:
-        add_update_(flat_y, h, b, around.scale)
+        compose_(y, h, b, around.scale, magnitude, norm, bias)
+    elif around.training or h.dtype != y.dtype:
+        add_update_(y, h, b, around.scale)
     else:  # rounds where peft rounds
-        flat_y.add_((h @ b.to(y.dtype).T).mul_(around.scale))
+        y.add_((h @ b.to(y.dtype).T).mul_(around.scale))
+    if x.ndim != 2 or y._is_view():
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view to autograd: the model may write into what it is given
     return y, h, places, norm
 
 
@@ -173,7 +190,7 @@ class _Linear(torch.autograd.Function):
         if ctx.apart and bias is not None:
             y = y + bias.to(y.dtype)
         # The norm is the layer's own, kept from step to step and never written to: no activation.
-        ctx.around, ctx.norm, ctx.shape = around, norm, x.shape
+        ctx.around, ctx.norm, ctx.shape, ctx.device = around, norm, x.shape, x.device.type
         if magnitude is None:
             ctx.save_for_backward(x if own else None, places, h, a, b, None, bias, None)
         elif ctx.apart:
@@ -186,6 +203,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         refuse_second_derivative()
         x, places, h, a, b, magnitude, bias, y = ctx.saved_tensors
@@ -210,7 +228,7 @@ class _Linear(torch.autograd.Function):
         if need_x:
             grad_x = grad @ weight(grad.dtype)  # (tokens, in)
         if need_b:
-            grad_b = _product(grad.T, h, scale).to(b.dtype)  # (out, r)
+            grad_b = (grad.T @ h).to(b.dtype).mul_(scale)  # (out, r); scaled where fp16 can neither overflow nor vanish
         if need_h or need_a or (need_x and a is not None):
             grad_h = _product(grad, b.to(grad.dtype), scale / (1 - dropout))  # (tokens, r)
         if a is not None and (need_a or need_x):
@@ -227,18 +245,20 @@ class _Linear(torch.autograd.Function):
 
 def linear(
     x: Tensor, b: Tensor, *, frozen: Callable[[Tensor], Tensor], weight: Weight, scale: float, a: Tensor | None = None, h: Tensor | None = None,
-    dropout: float = 0.0, magnitude: Tensor | None = None, bias: Tensor | None = None, norm: Callable[[], Tensor | Gain] | None = None, fuse: bool = True,
+    dropout: float = 0.0, magnitude: Tensor | None = None, bias: Tensor | None = None, norm: Callable[[], Tensor | Gain] | None = None, training: bool = True,
 ) -> Tensor:  # fmt: skip
     """y (..., out) of a frozen linear with a low-rank update, and DoRA's scaling where `magnitude` is given and `norm`, which gives that of W + s B A.
 
     Either `a`, or `h` with the x that came with it from `shared_down` (dropout is then in h already). frozen(x) is the
     frozen product, a fresh tensor (with the bias for LoRA, without it for DoRA); weight(dtype) gives W (out, in) for
-    backward; norm() may give the `column_gain` at once. Gradients flow to x, h, A, B, m and b in their own dtypes. Without
-    `fuse` the update is rounded before it is added, as in peft: outputs are then bit-equal to peft's for LoRA.
+    backward; norm() may give the `column_gain` at once. Gradients flow to x, h, A, B, m and b in their own dtypes. Outside
+    `training` LoRA's update is rounded before it is added, as in peft, to whose outputs it is then bit-equal; that of a few
+    tokens in half precision, without gradients, is fp32 until it is added.
     """
-    around = Around(frozen, weight, norm, scale, dropout, draw_seed(dropout), fuse)
+    around = Around(frozen, weight, norm, scale, dropout, draw_seed(dropout), training)
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return _output(x, h, a, b, magnitude, bias, around, few=True)[0]
+        # In training this may be a forward that a checkpoint repeats with gradients: the same products then.
+        return _output(x, h, a, b, magnitude, bias, around, few=not training and not torch.is_autocast_enabled(x.device.type))[0]
     return _Linear.apply(x, h, a, b, magnitude, bias, around)
 
 
@@ -279,21 +299,24 @@ def fingerprint(*tensors: Tensor) -> tuple[float, ...]:
             flat = flat.clone()
         if count * size % 8 or size < 4:
             words = flat.view(torch.int16 if size == 2 else torch.int32).to(torch.int64)  # wide enough for every bit
-            found.append(torch.dot(words, _constants(count * 2, torch.float32)[0]).item())
-            continue
-        odd, random = _constants(count, flat.dtype)
-        found += (torch.dot(flat.view(torch.int64), odd).item(), torch.dot(flat, random).item())
+            found.append(torch.dot(words, _odd_numbers(count)).item())
+        else:
+            words = flat.view(torch.int64)
+            found += (torch.dot(words, _odd_numbers(words.numel())).item(), torch.dot(flat, _random_numbers(count, flat.dtype)).item())
     return tuple(found)
 
 
 @functools.lru_cache(maxsize=64)
-def _constants(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Odd numbers for the 8-byte words of `count` elements, and random ones for the elements."""
-    generator = torch.Generator().manual_seed(count)
-    odd = torch.randint(2**62, (count * dtype.itemsize // 8,), generator=generator).mul_(2).add_(1)
-    return odd, torch.rand(count, generator=generator, dtype=dtype).add_(0.5)
+def _odd_numbers(count: int) -> Tensor:
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(count)).mul_(2).add_(1)
+
+
+@functools.lru_cache(maxsize=64)
+def _random_numbers(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=dtype).add_(0.5)
 
 
 def forget_constants() -> None:
     """Has the constants of `fingerprint` made anew: those that were made of tensors without data would be of no use to others."""
-    _constants.cache_clear()
+    _odd_numbers.cache_clear()
+    _random_numbers.cache_clear()

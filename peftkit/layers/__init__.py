@@ -17,7 +17,7 @@ from peftkit.layers.bias import Bias, TrainedBias, other_biases
 from peftkit.layers.conv import LoRAConv
 from peftkit.layers.embedding import LoRAEmbedding
 from peftkit.layers.experts import LoRAExperts, as_target_parameters, from_file_modules, left_out_experts
-from peftkit.layers.find import adapt, candidates, find_targets, heads, input_embedding, inside, left_out_attention, output_head, standing, swap
+from peftkit.layers.find import adapt, candidates, find_targets, heads, input_embedding, inside, left_out_linears, output_head, standing, swap
 from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares
 from peftkit.layers.frozen_experts import Experts4bit, dequantize_experts, is_experts, quantize_experts
 from peftkit.layers.kinds import LAYERS, layer_class
@@ -65,8 +65,8 @@ __all__ = [
     "is_experts",
     "is_linear",
     "layer_class",
-    "left_out_attention",
     "left_out_experts",
+    "left_out_linears",
     "notes",
     "other_biases",
     "output_head",

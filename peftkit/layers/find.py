@@ -130,10 +130,16 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def left_out_attention(model: nn.Module) -> list[str]:
-    """A line for torch's own attention modules, which call none of their linears."""
-    found = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    return [f"{len(found)} nn.MultiheadAttention, such as {found[0]}: its projections are no linears that are called, and not adapted"] if found else []
+def left_out_linears(model: nn.Module) -> list[str]:
+    """Lines for torch's own attention modules, which call none of their linears, and for linears that compute their weight."""
+    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    computed = [name for name, module in standing(model) if isinstance(module, nn.Linear) and "weight" not in module._parameters]
+    lines = []
+    if attention:
+        lines.append(f"{len(attention)} nn.MultiheadAttention, such as {attention[0]}: its projections are no linears that are called, and not adapted")
+    if computed:
+        lines.append(f"{len(computed)} linears, such as {computed[0]}, whose weight is computed in each call (weight norm, spectral norm): not adapted")
+    return lines
 
 
 def _matches(name: str, module: nn.Module, pattern: str, regex: bool) -> bool:

@@ -16,9 +16,12 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear that is called as one, of a weight that can be read.
 
     nn.MultiheadAttention reads the weight of its output projection and never calls the module: an adapter there would be
-    passed by in silence. Weights below 16 bits (FP8) have their scales elsewhere, unless they are bitsandbytes'.
+    passed by in silence. Weights below 16 bits (FP8) have their scales elsewhere, unless they are bitsandbytes'; weights that
+    are computed anew for each call (weight norm, spectral norm) are no parameters.
     """
     if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    if not isinstance(module._parameters.get("weight"), Tensor):
         return False
     return module.weight.dtype.itemsize > 1 or quant.is_quantized(module)
 

@@ -73,9 +73,6 @@ class LoRALinear(AdapterLayer):
         if spec.bias and self.base_layer.bias is not None:
             self.biases[adapter] = bias_copy(self.base_layer)
 
-    def delete(self, adapter: str) -> None:
-        super().delete(adapter)
-
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         refuse_stacked_dora(self, adapter_name)
         super().set_adapter(adapter_name, inference_mode)
@@ -176,11 +173,11 @@ class LoRALinear(AdapterLayer):
         b = factors[1]
         weight = weight_reader(base)
         if not self.dora:
-            return linear(x, b, frozen=base, weight=weight, scale=self.scale, bias=base.bias, fuse=self.training, **product)
+            return linear(x, b, frozen=base, weight=weight, scale=self.scale, bias=base.bias, training=self.training, **product)
         dense, m = weight(x.dtype).detach(), self.magnitude(self.active[0])
         return linear(
             x, b, frozen=lambda x: F.linear(x, dense), weight=weight, scale=self.scale, magnitude=m, bias=base.bias,
-            norm=lambda: self.gain(dense, factors, m) if m.device.type == "cpu" else self.norm(dense, factors), **product,
+            norm=lambda: self.gain(dense, factors, m) if m.device.type == "cpu" else self.norm(dense, factors), training=self.training, **product,
         )  # fmt: skip
 
     def _composed(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftkit import quant
-from peftkit.layers import LAYERS, AdapterLayer, Experts4bit, adapter_layers, left_out_attention, left_out_experts, notes, output_head, trainable_parameters
+from peftkit.layers import LAYERS, AdapterLayer, Experts4bit, adapter_layers, left_out_experts, left_out_linears, notes, output_head, trainable_parameters
 from peftkit.methods.base import Attachment, Group
 
 
@@ -96,7 +96,7 @@ def summarise(model: nn.Module, record: Attachment) -> Summary:
     if layers and head is not None and not isinstance(head, AdapterLayer):
         name = next((name for name, module in model.named_modules() if module is head), "the output head")
         left_out.append(f"{name} (output head; name it in target_modules to adapt it)")
-    left_out += left_out_experts(model) + left_out_attention(model)
+    left_out += left_out_experts(model) + left_out_linears(model)
     return Summary(
         methods=[type(method).__name__ for adapter in active or record.by_adapter for method in record.by_adapter[adapter]],
         adapters={adapter: adapter in active for adapter in record.by_adapter},

@@ -56,7 +56,7 @@ class AdapterFile(NamedTuple):
                 bias=config.get("bias") or "none",
                 init=from_peft(config.get("init_lora_weights")),
                 modules_to_save=whole,
-                trainable_tokens=config.get("trainable_token_indices"),
+                trainable_tokens=config.get("trainable_token_indices") or None,
                 ensure_weight_tying=bool(config.get("ensure_weight_tying")),
             )
         except pydantic.ValidationError as error:
@@ -179,6 +179,10 @@ def _read_tensors(path: Path, card: dict[str, Any]) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"{path} holds no tensors")
     for key, tensor in state.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{path}: {key} is in 8 bits ({str(tensor.dtype).removeprefix('torch.')}), whose scale the file does not hold; nothing was loaded"
+            )
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             what = "NaN or infinity" if tensor.is_floating_point() else f"{str(tensor.dtype).removeprefix('torch.')} numbers"
             raise CheckpointError(f"{path}: {key} holds {what}, with which the model would answer nothing of sense; nothing was loaded")

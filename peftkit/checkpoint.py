@@ -32,7 +32,19 @@ from peftkit.adapter_file import (
     read_folder,
 )
 from peftkit.config import suggest
-from peftkit.layers import ADAPTER, AdapterLayer, TrainedTokens, adapter_layers, by_file_key, candidates, file_tensors, find_rows, from_file_modules
+from peftkit.layers import (
+    ADAPTER,
+    AdapterLayer,
+    TrainedTokens,
+    adapter_layers,
+    by_file_key,
+    candidates,
+    file_tensors,
+    find_rows,
+    from_file_modules,
+    inside,
+    standing,
+)
 from peftkit.methods import LoRA, attach, attachment, delete_adapter, find_attachment, to_recipe
 from peftkit.methods.base import Method
 from peftkit.provenance import base_record, mismatches, other_weights, template_hash
@@ -116,7 +128,13 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = ADAPTER, a
     differing = [] if another_base else mismatches(model, file.card, tokenizer)
     record = find_attachment(model)
     attached = record.by_adapter.get(adapter) if record is not None else None
-    method = file.method(_low_rank(model, file), _whole(file.config, file.state))
+    low_rank, whole = _low_rank(model, file), _whole(file.config, file.state)
+    if lost := _lost(model, file.config, low_rank, whole):
+        raise CheckpointError(
+            f"{file.folder} does not fit this model, nothing was loaded (missing: all of {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}, which "
+            f"{CONFIG_FILE} names): tensors were taken out of the file, or the adapter belongs to another base"
+        )
+    method = file.method(low_rank, whole)
     if attached is None:
         try:
             attach(model, method, adapter)
@@ -185,6 +203,32 @@ def _low_rank(model: nn.Module, file: AdapterFile) -> list[str]:
             f"{suggest(unknown[0], sorted(there))}; it belongs to {file.config.get('base_model_name_or_path') or 'another base'}"
         )
     return found
+
+
+def _lost(model: nn.Module, config: dict[str, Any], low_rank: list[str], whole: list[str]) -> list[str]:
+    """Modules of the model that the config names, as peft reads it, and of which the file holds nothing; none where the config also leaves modules out."""
+    there = dict(standing(model))
+
+    def ends_with(name: str, entries: Any) -> bool:
+        return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+    trained = [there[name] for name in whole if name in there]
+    shared = {id(parameter) for module in trained for parameter in module.parameters()}
+    named = [name for name in there if ends_with(name, config.get("modules_to_save") or ())]
+    lost = [
+        name
+        for name in named
+        if name not in whole and not any(id(p) in shared for p in there[name].parameters()) and any(True for _ in there[name].parameters())
+    ]
+    targets = config.get("target_modules")
+    partly = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+    if not targets or targets == "all-linear" or any(config.get(key) is not None and config[key] != [] for key in partly):
+        return lost
+    for name in candidates(model):
+        matches = re.fullmatch(targets, name) if isinstance(targets, str) else ends_with(name, targets)
+        if matches and name not in low_rank and not ends_with(name, whole) and not inside(name, whole):
+            lost.append(name)
+    return lost
 
 
 def _check_same(file: AdapterFile, method: LoRA, attached: Sequence[Method]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -430,3 +431,39 @@ def test_an_adapter_that_the_hub_does_not_give(monkeypatch):
     ):
         pk.load_adapter(model, "someone/tools")
     still.check()
+
+
+LOST = {
+    "a module": (dict(target_modules=["q_proj", "down_proj"]), "layers.0.self_attn.q_proj.", "model.layers.0.self_attn.q_proj"),
+    "one that a regular expression names": (dict(target_modules=r".*\.(q|v)_proj"), "layers.1.self_attn.v_proj.", "model.layers.1.self_attn.v_proj"),
+    "a whole module": (dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head.", "lm_head"),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_file_that_lost_all_of_a_module(lost, ours, tmp_path):
+    """Its shapes and keys fit what is left, and the config says what was there."""
+    options, gone, named = LOST[lost]
+    if ours:
+        pk.save_adapter(attached(tiny_llama(), pk.LoRA(r=4, **options)), tmp_path)
+        (tmp_path / CARD_FILE).unlink()
+    else:
+        get_peft_model(tiny_llama(), LoraConfig(r=4, **options)).save_pretrained(tmp_path)
+    pk.load_adapter(tiny_llama(), tmp_path)  # as it is, it fits
+    state = load_file(tmp_path / ADAPTER_FILE)
+    save_file({key: tensor for key, tensor in state.items() if gone not in key}, tmp_path / ADAPTER_FILE)
+    still = Still(model := tiny_llama())
+    with pytest.raises(CheckpointError, match=re.escape(f"missing: all of {named}, which adapter_config.json names")):
+        pk.load_adapter(model, tmp_path)
+    still.check()
+
+
+def test_8_bit_tensors_are_refused(tmp_path):
+    pk.save_adapter(attached(tiny_llama()), tmp_path)
+    (tmp_path / CARD_FILE).unlink()
+    state = load_file(tmp_path / ADAPTER_FILE)
+    key = next(iter(state))
+    save_file(state | {key: state[key].to(torch.float8_e4m3fn)}, tmp_path / ADAPTER_FILE)
+    with pytest.raises(CheckpointError, match=re.escape(f"{key} is in 8 bits (float8_e4m3fn)")):
+        pk.load_adapter(tiny_llama(), tmp_path)

@@ -599,3 +599,24 @@ def test_four_bit_weights_are_protected_from_repacking(saved_llama):
             module.support_avx512bf16_for_cpu = True
     pk.adopt(model)
     assert not any(module.support_avx512bf16_for_cpu for module in model.modules() if quant.is_4bit(module))
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_adapters_disabled_reaches_peft_s_layers(adopted, ids):
+    """A DPO reference that were the policy itself would be told by nobody."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])).eval()
+    plain = model(input_ids=ids).logits
+    wake(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if adopted:
+        pk.adopt(model)
+    policy = model(input_ids=ids).logits
+    with pk.adapters_disabled(model):
+        assert torch.equal(model(input_ids=ids).logits, plain)
+    assert torch.equal(model(input_ids=ids).logits, policy) and not torch.allclose(policy, plain)
+    assert trained == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_adapters_disabled_on_a_model_without_any():
+    with pytest.raises(ValueError, match="has no peftkit adapters"), pk.adapters_disabled(tiny_llama()):
+        pytest.fail("nothing there to disable")

@@ -324,3 +324,8 @@ def test_convolutions_that_make_their_weight_are_left_alone():
         assert layer_class(odd) is None
         with pytest.raises(ValueError, match="matches no layer that can be adapted"):
             pk.attach(nn.Sequential(odd, nn.Linear(2, 2)), pk.LoRA(target_modules=["0"]))
+
+
+def test_running_statistics_that_no_file_holds_are_told():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
+    assert "1 modules, such as 1, change their running statistics in training mode" in str(pk.attach(model, pk.LoRA(r=2, target_modules=["0"])))

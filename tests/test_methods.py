@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
+import transformers
 from conftest import quantized_llama, tiny_gpt2, tiny_llama, wake
 from torch import Tensor, nn
 
@@ -572,3 +574,48 @@ def test_linears_that_compute_their_weight_are_left_out_and_told(computed):
     assert "1 linears: 1 x1" in summary and "1 linears, such as 0, whose weight is computed in each call" in summary
     with pytest.raises(ValueError, match="target '0' matches no layer that can be adapted"):
         pk.attach(nn.Sequential(computed(nn.Linear(8, 8)), nn.Linear(8, 8)), pk.LoRA(r=2, target_modules=["0"]))
+
+
+def _of(name: str, **sizes):
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    common = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, pad_token_id=0)
+    return kind(kind.config_class(**common | sizes))
+
+
+def _gemma3n():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return _of(
+        "Gemma3nForCausalLM", head_dim=8, num_hidden_layers=4, intermediate_size=[48] * 4, layer_types=kinds, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=64, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+
+
+LEFT_OUT = {
+    "Gemma 3n": (_gemma3n, "8 linears, such as model.layers.0.altup.prediction_coefs, whose weight the model itself writes to"),
+    "Phi-3.5-MoE": (lambda: _of("PhimoeForCausalLM", num_local_experts=4, num_experts_per_tok=2), "2 linears, such as model.layers.0.mlp.router, which route"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_linears_that_are_none_to_an_adapter_are_left_out_of_all_linear(name):
+    build, told = LEFT_OUT[name]
+    model, ids = build(), torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert told in str(pk.attach(model, pk.LoRA(r=2)))
+    optimizer = pk.build_optimizer(model.train(), learning_rate=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+
+
+def test_what_attach_cannot_take_is_named():
+    for wrong, told in ((pk.LoRA, "got <class 'peftkit.methods.lora.LoRA'>"), ("lora", "got 'lora'"), ([pk.LoRA(r=2), 3], "got 3")):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            pk.attach(tiny_llama(), wrong)
+    with pytest.raises(ValueError, match="trainable_tokens names no token"):
+        pk.attach(tiny_llama(), pk.LoRA(r=2, trainable_tokens=[]))

@@ -179,6 +179,12 @@ def notes(model: nn.Module) -> list[str]:
             found.append(f"{name} is adapted; {' and '.join(sharing)} shares its weight and keeps it as it is, after merging too")
         if reason := layer.unmergeable():
             found.append(f"{name} cannot be merged: {reason}")
+    moving = [name for name, module in there.items() if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None]
+    if moving:
+        found.append(
+            f"{len(moving)} modules, such as {moving[0]}, change their running statistics in training mode although nothing of them trains, and the adapter's "
+            "file does not hold them: keep them in eval mode"
+        )
     head = output_head(model)
     rows = any(isinstance(layer, TrainedTokens) for layer in there.values())
     for name, module in there.items():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftkit.layers.base import AdapterLayer
+from peftkit.layers.frozen import is_router
 from peftkit.layers.kinds import layer_class
 
 
@@ -39,7 +40,7 @@ def find_targets(model: nn.Module, targets: str | list[str], exclude: str | list
     """
     there = candidates(model)
     if targets == "all-linear":
-        left, head = heads(model), output_head(model)
+        left, head = [*heads(model), *written_to(model)], output_head(model)
         found = {n: m for n, m in there.items() if _in_all_linear(m) and m is not head and n not in left and not inside(n, left)}
         if not found:
             raise ValueError(f"{type(model).__name__} holds no linear layer that could be adapted")
@@ -130,15 +131,32 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
         return None
 
 
+_WRITTEN_TO = {"Gemma3nTextAltUp": ("prediction_coefs", "correction_coefs"), "RwkvSelfAttention": ("output",), "RwkvFeedForward": ("value",)}
+
+
+def written_to(model: nn.Module) -> list[str]:
+    """Names of linears whose frozen weight their model itself writes to when it runs, by clamping or rescaling it."""
+    owners = [(name, _WRITTEN_TO.get(type(module).__name__, ())) for name, module in model.named_modules()]
+    return [f"{name}.{child}" if name else child for name, children in owners for child in children]
+
+
 def left_out_linears(model: nn.Module) -> list[str]:
-    """Lines for torch's own attention modules, which call none of their linears, and for linears that compute their weight."""
+    """Lines for torch's own attention modules, which call none of their linears, and for linears that are none to adapters."""
     attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    computed = [name for name, module in standing(model) if isinstance(module, nn.Linear) and "weight" not in module._parameters]
+    linears = [(name, module) for name, module in standing(model) if isinstance(module, nn.Linear)]
+    computed = [name for name, module in linears if "weight" not in module._parameters]
+    routers = [name for name, module in linears if is_router(module)]
+    written = [name for name in written_to(model) if name in dict(linears)]
     lines = []
     if attention:
         lines.append(f"{len(attention)} nn.MultiheadAttention, such as {attention[0]}: its projections are no linears that are called, and not adapted")
-    if computed:
-        lines.append(f"{len(computed)} linears, such as {computed[0]}, whose weight is computed in each call (weight norm, spectral norm): not adapted")
+    for names, what in (
+        (computed, "whose weight is computed in each call (weight norm, spectral norm)"),
+        (routers, "which route and give more than a product"),
+        (written, "whose weight the model itself writes to"),
+    ):
+        if names:
+            lines.append(f"{len(names)} linears, such as {names[0]}, {what}: not adapted")
     return lines
 
 

@@ -21,9 +21,14 @@ def is_linear(module: nn.Module) -> bool:
     """
     if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    if not isinstance(module._parameters.get("weight"), Tensor):
+    if not isinstance(module._parameters.get("weight"), Tensor) or is_router(module):
         return False
     return module.weight.dtype.itemsize > 1 or quant.is_quantized(module)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether the module is a linear by inheritance whose call gives more than a product: the routers of Llama 4 and Phi-3.5-MoE give what they chose, too."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and type(module).__name__.endswith("Router")
 
 
 _FORWARDS = (nn.Linear.forward, Conv1D.forward)

@@ -147,6 +147,8 @@ class LoRA(Method):
 
     def plan(self, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, bool], dict[str, Rows]]:
         """What `attach` would do: the modules to adapt, those to train as a whole, and the rows of embeddings, by name. Raises ValueError."""
+        if self.trainable_tokens is not None and not self.trainable_tokens:
+            raise ValueError("trainable_tokens names no token; leave it out to train none")
         found = self.targets(model)
         whole = find_whole(model, self._whole(model, found), self.ensure_weight_tying)
         rows = find_rows(model, self.trainable_tokens) if self.trainable_tokens else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def attach(model: nn.Module, methods: Method | Sequence[Method], adapter: str = 
     other is active it is active at once. Raises ValueError where a target matches nothing or the adapter is there already (the
     model is then as it was).
     """
-    methods = [methods] if isinstance(methods, Method) else list(methods)
+    methods = list(methods) if isinstance(methods, (list, tuple)) else [methods]  # type: ignore[list-item]  # anything else is told by `check_methods`
     check_methods(methods)
     if isinstance(model, WRAPPERS) or "_orig_mod" in model._modules:
         raise ValueError(f"this {type(model).__name__} stands around the model: attach to the model itself, then compile it or share it out")
@@ -229,11 +230,18 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model computes what its frozen base computes, without NEFTune's noise too."""
-    layers, record = list(adapter_layers(model).values()), find_attachment(model)
+    """Within the block the model computes what its frozen base computes, without NEFTune's noise too; peft's adapters, adopted or not, rest as well.
+
+    Raises ValueError where the model has no adapters.
+    """
+    record, theirs = find_attachment(model), _peft_layers(model)
+    layers = list(adapter_layers(model).values())
+    if record is None and not layers and not theirs:
+        attachment(model)
     handles = list(record.handles.values()) if record is not None else []
-    before, acted = [layer.enabled for layer in layers], [handle.enabled for handle in handles]
-    for layer in layers:
+    before, acted, resting = [layer.enabled for layer in layers], [handle.enabled for handle in handles], [layer.disable_adapters for layer in theirs]
+    training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for layer in (*layers, *theirs):
         layer.enable_adapters(False)
     for handle in handles:
         handle.enabled = False
@@ -242,8 +250,21 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enable_adapters(enabled)
+        for layer, rests in zip(theirs, resting, strict=True):
+            layer.enable_adapters(not rests)
         for handle, enabled in zip(handles, acted, strict=True):
             handle.enabled = enabled
+        for parameter, trains in training:  # which peft changes along
+            parameter.requires_grad_(trains)
+
+
+def _peft_layers(model: nn.Module) -> list[Any]:
+    """peft's own layers on a model, none where peft was never imported."""
+    tuners, others = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    if tuners is None or others is None:
+        return []
+    kinds = (tuners.BaseTunerLayer, others.AuxiliaryTrainingWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds) and not isinstance(module, AdapterLayer)]
 
 
 def describe(model: nn.Module) -> Summary:

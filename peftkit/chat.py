@@ -99,7 +99,7 @@ class Chat:
         found = {}
         for who in {"on": ["with adapter"], "off": ["base"], "both": ["base", "with adapter"]}[self.adapter]:
             self.write(f"{who}: ")
-            with adapters_disabled(self.model) if who == "base" else nullcontext(), torch.no_grad():
+            with adapters_disabled(self.model) if who == "base" and self.has_adapter else nullcontext(), torch.no_grad():
                 found[who] = stream_answer(self.model, self.tokenizer, ids, most, self.write, self.temperature)
             self.write("\n")
         if templated:

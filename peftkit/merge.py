@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import quant
-from peftkit.layers import adapter_layers, dense_weight, dequantize_experts, input_embedding, output_head, plain_linear, swap
+from peftkit.layers import LoRAEmbedding, adapter_layers, dense_weight, dequantize_experts, input_embedding, output_head, plain_linear, sharing_embeddings, swap
 from peftkit.methods.on_model import attachment, forget
 
 
@@ -55,6 +55,11 @@ def merge(model: nn.Module, originals: dict[str, Tensor] | None = None) -> nn.Mo
     for name, layer in layers.items():
         if reason := layer.unmergeable():
             raise ValueError(f"{name} cannot be merged: {reason}; nothing was merged")
+        if isinstance(layer, LoRAEmbedding) and (others := sharing_embeddings(model, layer.base_layer)):
+            raise ValueError(
+                f"{name} cannot be merged: {' and '.join(others)} shares its weight, and transformers would make them one again when the merged model is "
+                "read; nothing was merged"
+            )
     if resting:
         warnings.warn(f"{' and '.join(resting)} were not active: they are not in the merged model, and no longer on it", stacklevel=2)
     # An 8-bit layer names no compute dtype: its weight becomes what the model keeps the rest in.

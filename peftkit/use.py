@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def answers(
         write("\n")
         return text
 
-    with adapters_disabled(adapted):
+    with nullcontext() if origin.adapter is None else adapters_disabled(adapted):
         found = {"base": answer("base")}
     if origin.adapter is not None:
         found["with adapter"] = answer("with adapter")

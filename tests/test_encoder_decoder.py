@@ -217,3 +217,17 @@ def test_an_adapted_head_merges_where_the_config_scales_the_logits():
         before = model(input_ids=ids, decoder_input_ids=ids).logits
         pk.merge(model)
         torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [t5, bart])
+def test_an_embedding_that_lends_its_weight_is_no_target(build, tokenizer):
+    """Encoder and decoder call embeddings of their own: an adapter on `shared` would train nothing, and in a saved model the three are one again."""
+    with pytest.raises(ValueError, match=r"shared lends its weight to .*encoder\.embed_tokens and .*decoder\.embed_tokens and is called by nobody"):
+        pk.attach(build(tokenizer), pk.LoRA(r=2, target_modules=["shared"]))
+    model = build(tokenizer)
+    pk.attach(model, pk.LoRA(r=2, target_modules=["encoder.embed_tokens"]))
+    wake(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"encoder\.embed_tokens cannot be merged: .*shared.* its weight, .*; nothing was merged"):
+        pk.merge(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

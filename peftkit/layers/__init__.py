@@ -17,7 +17,19 @@ from peftkit.layers.bias import Bias, TrainedBias, other_biases
 from peftkit.layers.conv import LoRAConv
 from peftkit.layers.embedding import LoRAEmbedding
 from peftkit.layers.experts import LoRAExperts, as_target_parameters, from_file_modules, left_out_experts
-from peftkit.layers.find import adapt, candidates, find_targets, heads, input_embedding, inside, left_out_linears, output_head, standing, swap
+from peftkit.layers.find import (
+    adapt,
+    candidates,
+    find_targets,
+    heads,
+    input_embedding,
+    inside,
+    left_out_linears,
+    output_head,
+    sharing_embeddings,
+    standing,
+    swap,
+)
 from peftkit.layers.frozen import compute_dtype, dense_weight, features, is_linear, plain_linear, row_squares
 from peftkit.layers.frozen_experts import Experts4bit, dequantize_experts, is_experts, quantize_experts
 from peftkit.layers.kinds import LAYERS, layer_class
@@ -75,6 +87,7 @@ __all__ = [
     "row_squares",
     "save_modules",
     "share_inputs",
+    "sharing_embeddings",
     "standing",
     "swap",
     "train_rows",

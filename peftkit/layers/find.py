@@ -131,6 +131,13 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def sharing_embeddings(model: nn.Module, embedding: nn.Module) -> list[str]:
+    """Names of the other embeddings that have the weight of this one: encoder and decoder of T5 and BART have that of `shared`, which nothing calls."""
+    weight = embedding.weight
+    there = ((name, module.face() if isinstance(module, AdapterLayer) else module) for name, module in standing(model))
+    return [name for name, module in there if isinstance(module, nn.Embedding) and module is not embedding and module.weight is weight]
+
+
 _WRITTEN_TO = {"Gemma3nTextAltUp": ("prediction_coefs", "correction_coefs"), "RwkvSelfAttention": ("output",), "RwkvFeedForward": ("value",)}
 
 

@@ -29,10 +29,12 @@ from peftkit.layers import (
     find_targets,
     find_whole,
     heads,
+    input_embedding,
     inside,
     other_biases,
     save_modules,
     share_inputs,
+    sharing_embeddings,
     standing,
     swap,
     train_rows,
@@ -150,6 +152,9 @@ class LoRA(Method):
         if self.trainable_tokens is not None and not self.trainable_tokens:
             raise ValueError("trainable_tokens names no token; leave it out to train none")
         found = self.targets(model)
+        for name, module in found.items():
+            if module is input_embedding(model) and (others := sharing_embeddings(model, module)):
+                raise ValueError(f"{name} lends its weight to {' and '.join(others)} and is called by nobody: an adapter there would do nothing; name those")
         whole = find_whole(model, self._whole(model, found), self.ensure_weight_tying)
         rows = find_rows(model, self.trainable_tokens) if self.trainable_tokens else {}
         check_once([] if self.target_modules == "all-linear" else found, whole, rows)

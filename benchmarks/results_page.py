@@ -64,6 +64,24 @@ def adapters(path: Path) -> str:
     return f"{facts} {note}\n\n{table(columns, rows)}"
 
 
+def experts(path: Path) -> str:
+    """LoRA on experts against both ways in which peft computes them."""
+    found = json.loads(path.read_text())
+    rows = []
+    for row in found["rows"]:
+        time, faster, saved = row["time_over_base"], row["faster_than_peft"], row["saved_over_base"]
+        rows.append([
+            f"{row['hidden']} x {row['intermediate']}, {row['rows'] * row['tokens']}", f"{time['peftkit']:.2f}",
+            f"{time['peft grouped_mm']:.2f} / {time['peft eager']:.2f}", f"{faster['peft grouped_mm']:.2f} / {faster['peft eager']:.2f}",
+            f"{saved['peftkit']:.2f}", f"{saved['peft grouped_mm']:.2f}", f"{time['peftkit nf4']:.2f}", f"{row['bytes_per_expert_parameter_nf4']:.3f}",
+        ])  # fmt: skip
+    columns = [
+        "hidden x intermediate, tokens", "step time / frozen base", "peft's, grouped_mm / eager", "times faster than peft", "saved bytes / frozen base",
+        "peft's", "in 4 bits: time / frozen base", "bytes a parameter",
+    ]  # fmt: skip
+    return f"{found['rounds']} rounds in {found['dtype']}. {where(found)}\n\n{table(columns, rows)}"
+
+
 def gpu(model: Path, kernels: Path, small: Path) -> str:
     """A step of an 8B model, the Triton kernels by themselves, and the small model of the CPU's table, on a GPU."""
     found, parts, little = (json.loads(path.read_text()) for path in (model, kernels, small))
@@ -249,6 +267,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], str, Callable[..., str]]] = {
     "versus_peft": (("versus_peft",), "python benchmarks/versus_peft.py --output benchmarks/results/versus_peft.json", versus_peft),
     "versus_trl": (("versus_trl",), "python benchmarks/versus_trl.py --data alpaca.json --output benchmarks/results/versus_trl.json", versus_trl),
     "adapters": (("adapters",), "python benchmarks/adapters.py", adapters),
+    "experts": (("experts",), "python benchmarks/experts.py --output benchmarks/results/experts.json", experts),
     "gpu": (("gpu_llama8b", "gpu_kernels", "gpu_adapters"), "python -m benchmarks.gpu.llama8b", gpu),
     "memory": (("memory",), "python benchmarks/memory.py", memory),
     "memory:gpu": (("gpu_memory",), "python benchmarks/memory.py", memory),

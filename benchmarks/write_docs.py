@@ -127,6 +127,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         docs / "findings.md": ["builtin"],
         docs / "bench-gate.md": ["gate_rates"],
         docs / "adapters.md": ["adapters", "gpu"],
+        docs / "methods.md": ["experts"],
         docs / "check.md": ["memory", "memory:gpu"],
         ROOT / "README.md": ["results", "adapters", "versus_peft"],
     }

@@ -154,6 +154,16 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"{path}: {field}: {pattern!r} is no regular expression ({error})") from error
+    for field in ("target_modules", "modules_to_save"):
+        names = config.get(field)
+        listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not (names is None or listed or (field == "target_modules" and isinstance(names, str))):
+            raise ConfigError(f"{path}: {field}: {names!r} is no list of names")
+    try:
+        if isinstance(targets := config.get("target_modules"), str):
+            re.compile(targets)
+    except re.error as error:
+        raise ConfigError(f"{path}: target_modules: {targets!r} is no regular expression ({error})") from error
     try:
         from_peft(config.get("init_lora_weights"))
     except ValueError as error:

@@ -467,3 +467,20 @@ def test_8_bit_tensors_are_refused(tmp_path):
     save_file(state | {key: state[key].to(torch.float8_e4m3fn)}, tmp_path / ADAPTER_FILE)
     with pytest.raises(CheckpointError, match=re.escape(f"{key} is in 8 bits (float8_e4m3fn)")):
         pk.load_adapter(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("target_modules", 5, "target_modules: 5 is no list of names"),
+        ("target_modules", ["q_proj", 5], "is no list of names"),
+        ("target_modules", "q_proj(", "target_modules: 'q_proj(' is no regular expression"),
+        ("modules_to_save", "lm_head", "modules_to_save: 'lm_head' is no list of names"),
+    ],
+)
+def test_names_of_modules_that_are_none(field, value, says, tmp_path):
+    pk.save_adapter(attached(tiny_llama()), tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        pk.load_adapter(tiny_llama(), tmp_path)

@@ -12,7 +12,7 @@ from conftest import tiny_llama, wake
 
 import peftkit as pk
 from peftkit import quant
-from peftkit.kernels import dora
+from peftkit.kernels import base, dora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda"
@@ -200,7 +200,7 @@ def test_the_kernels_beside_plain_torch(monkeypatch):
         return dora.compose_(layer.y.clone(), layer.h, layer.b, 1.5, layer.magnitude, layer.norm, layer.bias)
 
     fused = composed()
-    monkeypatch.setattr(dora, "ENABLED", False)
+    monkeypatch.setattr(base, "ENABLED", False)
     assert not dora.triton_serves(layer.y, 16)
     plain = composed()
     assert (fused - plain).norm() <= 1e-2 * plain.norm()  # one rounds once, the other three times

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.gpu.common import RESULTS, check, write
 from peftkit.console import table
-from peftkit.kernels import dora
+from peftkit.kernels import base, dora
 
 Case = tuple[str, Callable[[], Any], Callable[[], Any]]  # kernel, plain torch, Triton
 
@@ -82,9 +82,9 @@ def measure(shape: str, device: str, dtype: torch.dtype, ranks: list[int], only:
                 for name, plain, fused in cases(tokens, outputs, inputs, r, dtype, device):
                     if not name.startswith(only):
                         continue
-                    dora.ENABLED = False
+                    base.ENABLED = False
                     slow = milliseconds(plain, device)
-                    dora.ENABLED = True
+                    base.ENABLED = True
                     row = {"kernel": name, "tokens": tokens, "out": outputs, "in": inputs, "r": r, "torch_ms": slow, "triton_ms": milliseconds(fused, device)}
                     rows.append(row | {"times_faster": slow / row["triton_ms"]})
     return sorted(rows, key=lambda row: row["kernel"])

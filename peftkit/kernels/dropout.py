@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit.kernels.dora import triton_serves
+from peftkit.kernels.base import triton_serves
 
 REMEMBERED = 0.1
 """Up to this rate of dropout a CPU keeps the places of the zeros for backward, 4 bytes each, instead of drawing them again."""

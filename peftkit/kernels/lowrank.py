@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkit.kernels.dora import Gain, add_update_, compose_, compose_backward, gain_of, sum_of_rows
+from peftkit.kernels.base import add_update_
+from peftkit.kernels.dora import Gain, compose_, compose_backward, gain_of, sum_of_rows
 from peftkit.kernels.dropout import Dropout, draw_seed
 
 Weight = Callable[[torch.dtype], Tensor]

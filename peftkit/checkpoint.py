@@ -212,14 +212,10 @@ def _lost(model: nn.Module, config: dict[str, Any], low_rank: list[str], whole: 
     def ends_with(name: str, entries: Any) -> bool:
         return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
-    trained = [there[name] for name in whole if name in there]
-    shared = {id(parameter) for module in trained for parameter in module.parameters()}
-    named = [name for name in there if ends_with(name, config.get("modules_to_save") or ())]
-    lost = [
-        name
-        for name in named
-        if name not in whole and not any(id(p) in shared for p in there[name].parameters()) and any(True for _ in there[name].parameters())
-    ]
+    held = {name: {id(parameter) for parameter in module.parameters()} for name, module in there.items()}
+    trained = set().union(*(held[name] for name in whole if name in held))
+    saved = [name for name in there if ends_with(name, config.get("modules_to_save") or ())]
+    lost = [name for name in saved if name not in whole and held[name] and not held[name] & trained]  # tied ones may stand there once
     targets = config.get("target_modules")
     partly = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
     if not targets or targets == "all-linear" or any(config.get(key) is not None and config[key] != [] for key in partly):

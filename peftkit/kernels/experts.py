@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit.kernels.dropout import Dropout
+from peftkit.kernels.dropout import Dropout, draw_seed
 from peftkit.kernels.lowrank import refuse_second_derivative
 
 Factors = tuple[Tensor, Tensor] | None  # A (experts, r, in) and B^T (experts, r, out) of a projection that has an update
@@ -141,7 +141,7 @@ class _RoutedExperts(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         tokens, each = index.shape
         slots, blocks = sort_by_expert(index, experts)
-        seed = int(torch.randint(2**62, ())) if first.dropout or second.dropout else 0
+        seed = draw_seed(first.dropout or second.dropout)
         u, h = _project(x[slots // each], blocks, first, _cast(a, b, first, x.dtype), seed)
         y, k = _project(gate(u), blocks, second, _cast(c, d, second, x.dtype), seed + experts)
         ctx.experts, ctx.first, ctx.second, ctx.gate, ctx.blocks, ctx.seed = experts, first, second, gate, blocks, seed

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkit.kernels import cpu_bf16
 from peftkit.kernels.base import add_update_, triton_serves
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _CACHED_ROWS = 256
 
 
 class Gain(NamedTuple):
-    """What a CPU scales the columns of y by: g = m / n (out,), or g - 1 in the dtype of y where that is exact enough."""
+    """What a CPU scales the columns of y by: g = m / n (out,), or g - 1 in the dtype of y where that is exact enough and no kernel takes g itself."""
 
     factor: Tensor
     excess: bool
@@ -32,7 +33,7 @@ class Gain(NamedTuple):
 def column_gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Gain:
     """g = m / n (out,) for a y in `dtype`: g - 1 in half precision, as long as g is near 1, where DoRA keeps it."""
     exact = gain_of(magnitude, norm)
-    if exact.device.type == "cpu" and dtype.itemsize == 2:
+    if exact.device.type == "cpu" and dtype.itemsize == 2 and not (dtype == torch.bfloat16 and cpu_bf16.sees(exact)):
         excess = exact - 1
         if bool(excess.abs().max() <= 0.125):
             return Gain(excess.to(dtype), True)
@@ -49,8 +50,12 @@ def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, n
 
         with torch.cuda.device_of(y):
             return triton_dora.compose_(y, h, b, scale, magnitude, norm, bias)
-    add_update_(y, h, b, scale)
-    scale_columns(y, _gain(magnitude, norm, y), out=y)
+    gain = _gain(magnitude, norm, y)
+    if not gain.excess and h.dtype == y.dtype and y.is_contiguous() and cpu_bf16.serves(y, b.shape[1], 0, b.dtype):
+        cpu_bf16.update_(y, h, b, scale, gain.factor)
+    else:
+        add_update_(y, h, b, scale)
+        scale_columns(y, gain, out=y)
     return y if bias is None else y.add_(bias)
 
 
@@ -128,6 +133,8 @@ def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: floa
         with torch.cuda.device_of(weight):
             return triton_dora.dora_norm(weight, squares, a, b, scale, memory)
     with torch.autocast(weight.device.type, enabled=False):
+        if weight.is_contiguous() and cpu_bf16.serves(weight, len(a), 0, a.dtype):
+            return (squares + cpu_bf16.correction(weight, a, b, scale)).clamp_min_(0).sqrt_()
         narrow = a.to(weight.dtype)
         wide = torch.float64 if weight.dtype.itemsize > 2 else torch.promote_types(a.dtype, torch.float32)
         # W A^T (out, r); of a transposed W (GPT-2, embeddings) the way round in which it is stored, which is up to 20 times faster.

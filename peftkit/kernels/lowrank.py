@@ -1,4 +1,4 @@
-"""LoRA and DoRA around a frozen linear as autograd nodes of their own, in plain torch.
+"""LoRA and DoRA around a frozen linear as autograd nodes of their own, in plain torch or the kernels of `cpu_bf16`.
 
 LoRA (arXiv 2106.09685):  y = x W^T + b + s h B^T,          h = d(x) A^T
 DoRA (arXiv 2402.09353):  y = g * (x W^T + s h B^T) + b,    g = m / |W + s B A|_row, the norm a constant
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkit.kernels import cpu_bf16
 from peftkit.kernels.base import add_update_
 from peftkit.kernels.dora import Gain, compose_, compose_backward, gain_of, sum_of_rows
 from peftkit.kernels.dropout import Dropout, draw_seed
@@ -42,9 +43,12 @@ def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return x @ y if scale == 1 else torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scale)
 
 
-def _multiply(flat: Tensor, factors: Sequence[Tensor], dropout: Dropout) -> Tensor:
-    """d(x) A^T (tokens, sum of r) for x (tokens, in)."""
-    return _product(dropout(flat), _stacked(factors, flat.dtype).T, 1 / (1 - dropout.p))
+def _multiply(flat: Tensor, factors: Sequence[Tensor], dropout: Dropout, training: bool) -> Tensor:
+    """d(x) A^T (tokens, sum of r) for x (tokens, in). Evaluation sums in torch's order, so that its outputs are peft's to the bit."""
+    scale = 1 / (1 - dropout.p)
+    if training and cpu_bf16.serves(flat, sum(map(len, factors)), 0, factors[0].dtype):
+        return cpu_bf16.down(flat, _stacked(factors, torch.float32), scale, dropout.places)
+    return _product(dropout(flat), _stacked(factors, flat.dtype).T, scale)
 
 
 def _gradients_of(factors: Sequence[Tensor], grad_h: Tensor, x: Tensor) -> tuple[Tensor, ...]:
@@ -66,6 +70,21 @@ def _add_gradient_of_input_(grad_x: Tensor, grad_h: Tensor, low_a: Tensor, dropo
         dropped = grad_x.take(dropout.places)
         grad_x.addmm_(grad_h, low_a)
         grad_x.view(-1).index_copy_(0, dropout.places, dropped)  # `put_` is no deterministic algorithm to torch
+
+
+def _input_gradients(
+    factors: Sequence[Tensor], grad_h: Tensor, x: Tensor, grad_x: Tensor | None, dropout: Dropout, need_a: bool
+) -> tuple[Tensor | None, ...]:
+    """dA of every A, if needed, from dh (tokens, sum of r) and x (tokens, in); d(dh A) is added to the contiguous dx, if there is one."""
+    found: tuple[Tensor | None, ...] = (None,) * len(factors)
+    if cpu_bf16.serves(x, grad_h.shape[1], 0, factors[0].dtype):
+        together = cpu_bf16.input_backward(x, grad_h, _stacked(factors, torch.float32), dropout.places, grad_x, need_a=need_a)
+        return found if together is None else together.split_with_sizes([len(a) for a in factors])
+    if need_a:
+        found = _gradients_of(factors, grad_h, dropout(x))
+    if grad_x is not None:
+        _add_gradient_of_input_(grad_x, grad_h, _stacked(factors, x.dtype), dropout)
+    return found
 
 
 def refuse_second_derivative(instead: str = "compute it on the merged model, or through torch.func") -> None:
@@ -96,7 +115,7 @@ class _SharedDown(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         drop = Dropout.of(x, dropout, seed)
         ctx.save_for_backward(x, drop.to_keep(), *factors)
-        h = _multiply(x.reshape(-1, x.shape[-1]), factors, drop)
+        h = _multiply(x.reshape(-1, x.shape[-1]), factors, drop, training=True)
         return x.view_as(x), *h.split_with_sizes([a.shape[0] for a in factors], 1)
 
     @staticmethod
@@ -113,15 +132,14 @@ class _SharedDown(torch.autograd.Function):
         drop = Dropout.of(x, ctx.dropout, ctx.seed, places)
         if drop.p:
             grad_h = grad_h * (1 / (1 - drop.p))
-        if any(ctx.needs_input_grad[4:]):
-            gradients = _gradients_of([factors[i] for i, _ in used], grad_h, drop(x.reshape(-1, x.shape[-1])))
-            for (i, _), gradient in zip(used, gradients, strict=True):
-                grad_a[i] = gradient
-        if ctx.needs_input_grad[0]:
-            # Nothing but `linear` sees the x that went through, so its gradient is ours to change.
-            grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
-            low_a = _stacked([factors[i] for i, _ in used], x.dtype)
-            _add_gradient_of_input_(grad_x.view(-1, x.shape[-1]), grad_h, low_a, drop)
+        if ctx.needs_input_grad[0] and grad_x is None:
+            grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        # Nothing but `linear` sees the x that went through, so its gradient is ours to change.
+        flat_grad = grad_x.view(-1, x.shape[-1]) if grad_x is not None and ctx.needs_input_grad[0] else None
+        need_a = any(ctx.needs_input_grad[4:])
+        gradients = _input_gradients([factors[i] for i, _ in used], grad_h, x.reshape(-1, x.shape[-1]), flat_grad, drop, need_a)
+        for (i, _), gradient in zip(used, gradients, strict=True):
+            grad_a[i] = gradient
         return grad_x, None, None, None, *grad_a
 
 
@@ -163,12 +181,14 @@ def _output(
         assert a is not None
         drop = Dropout.of(flat, around.dropout, around.seed)
         few = few and len(flat) <= FEW and flat.dtype.itemsize == 2 and a.dtype == torch.float32
-        h = _multiply(flat.float() if few else flat, [a], drop)
+        h = _multiply(flat.float() if few else flat, [a], drop, around.training)
         places = drop.to_keep()
     y = around.frozen(flat)  # (tokens, out)
     if magnitude is not None and around.norm is not None:
         norm = around.norm()  # after the product with W, which leaves W in the cache
         compose_(y, h, b, around.scale, magnitude, norm, bias)
+    elif around.training and h.dtype == y.dtype and y.is_contiguous() and cpu_bf16.serves(y, b.shape[1], 0, b.dtype):
+        cpu_bf16.update_(y, h, b, around.scale)
     elif around.training or h.dtype != y.dtype:
         add_update_(y, h, b, around.scale)
     else:  # rounds where peft rounds
@@ -220,25 +240,33 @@ class _Linear(torch.autograd.Function):
             elif need_magnitude and ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
                 y = compose_(x.reshape(-1, x.shape[-1]) @ weight(x.dtype).T, h, b, scale, magnitude, ctx.norm, bias)
             y = y.reshape(grad.shape)
-            grad, grad_magnitude, of_bias = compose_backward(
-                grad, y, magnitude, ctx.norm, bias, need_magnitude=need_magnitude, need_bias=need_bias and not ctx.apart
+        need_grad_h, scale_h = need_h or need_a or (need_x and a is not None), scale / (1 - dropout)
+        if (magnitude is None or (isinstance(ctx.norm, Gain) and not ctx.norm.excess and bias is None)) and cpu_bf16.serves(grad, b.shape[1], 0, b.dtype):
+            if need_bias and bias is not None:
+                grad_bias = sum_of_rows(grad, bias.dtype)
+            grad, grad_h, grad_b, sums = cpu_bf16.output_backward(
+                grad, h, b, scale, scale_h, need_h=need_grad_h, need_b=need_b, y=y if need_magnitude else None, gain=None if magnitude is None else ctx.norm.factor
             )
-            grad_bias = of_bias if of_bias is not None else grad_bias
-        elif need_bias:
-            grad_bias = sum_of_rows(grad, bias.dtype)
+            if sums is not None:
+                grad_magnitude = torch.where(magnitude == 0, 0, sums / magnitude)
+        else:
+            if magnitude is not None:
+                grad, grad_magnitude, of_bias = compose_backward(
+                    grad, y, magnitude, ctx.norm, bias, need_magnitude=need_magnitude, need_bias=need_bias and not ctx.apart
+                )
+                grad_bias = of_bias if of_bias is not None else grad_bias
+            elif need_bias:
+                grad_bias = sum_of_rows(grad, bias.dtype)
+            if need_b:
+                grad_b = (grad.T @ h).to(b.dtype).mul_(scale)  # (out, r); scaled where fp16 can neither overflow nor vanish
+            if need_grad_h:
+                grad_h = _product(grad, b.to(grad.dtype), scale_h)  # (tokens, r)
         if need_x:
             grad_x = grad @ weight(grad.dtype)  # (tokens, in)
-        if need_b:
-            grad_b = (grad.T @ h).to(b.dtype).mul_(scale)  # (out, r); scaled where fp16 can neither overflow nor vanish
-        if need_h or need_a or (need_x and a is not None):
-            grad_h = _product(grad, b.to(grad.dtype), scale / (1 - dropout))  # (tokens, r)
         if a is not None and (need_a or need_x):
             flat = x.reshape(-1, x.shape[-1])
             drop = Dropout.of(flat, dropout, seed, places)
-            if need_a:
-                (grad_a,) = _gradients_of([a], grad_h, drop(flat))  # dh holds the 1 / (1 - p) of the dropout
-            if need_x:
-                _add_gradient_of_input_(grad_x, grad_h, a.to(grad.dtype), drop)
+            (grad_a,) = _input_gradients([a], grad_h, flat, grad_x, drop, need_a)  # dh holds the 1 / (1 - p) of the dropout
         if need_x and len(ctx.shape) != 2:
             grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_h if need_h else None, grad_a, grad_b, grad_magnitude, grad_bias, None
@@ -295,6 +323,9 @@ def fingerprint(*tensors: Tensor) -> tuple[float, ...]:
     found: list[float] = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
+        if flat.device.type == "cpu" and cpu_bf16.sees(flat):
+            found.append(cpu_bf16.fingerprint(flat))
+            continue
         count, size = flat.numel(), flat.element_size()
         if flat.storage_offset() * size % 8:
             flat = flat.clone()

@@ -5,12 +5,14 @@
 // Factors of rank r do little arithmetic on each number of x, y and G: what counts is how often those come from memory. So each
 // kernel does all that one of them is wanted for while some of its rows are in the cache. Tensors of activations are bf16, A, B
 // and their gradients fp32; products are of bf16, summed in fp32 and rounded once. k and n are multiples of 32, m is at least 1.
+// Dropout is a bit for each number of x, which is 1 where the number is kept; `kept` is null where there is none.
 // Python's side, which also decides when these serve, is cpu_bf16.py.
 
 #include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -116,13 +118,21 @@ void pack_pairs(const bf16* h, i64 stride, i64 rows, i64 r, i64 width, uint32_t*
 }
 
 // ROWS rows of `from`, zero beyond `rows` of them and beyond `width` columns.
-const bf16* copied(const bf16* from, i64 stride, i64 rows, i64 width, bf16* to, i64 to_stride) {
+void pad(const bf16* from, i64 stride, i64 rows, i64 width, bf16* to, i64 to_stride) {
     for (i64 i = 0; i < ROWS; i++) {
         i64 count = i < rows ? width : 0;
         std::memcpy(to + i * to_stride, from + i * stride, count * sizeof(bf16));
         std::memset(to + i * to_stride + count, 0, (to_stride - count) * sizeof(bf16));
     }
-    return to;
+}
+
+// Rows of k numbers, zero where they are dropped, and zero for rows [rows, all); they lie k + PADDING apart.
+void drop(const bf16* from, const uint32_t* kept, i64 rows, i64 all, i64 k, bf16* to) {
+    for (i64 i = 0; i < all; i++, to += k + PADDING)
+        for (i64 column = 0; column < k; column += 32) {
+            const uint32_t some = i >= rows ? 0 : kept == nullptr ? ~0u : kept[(i * k + column) / 32];
+            _mm512_storeu_si512(to + column, _mm512_maskz_loadu_epi16(some, from + i * k + column));
+        }
 }
 
 // ------------------------------------------------------------------------------------------------------------- products
@@ -180,9 +190,9 @@ inline void times_factor(const bf16* x, i64 stride, i64 rows, const uint32_t* pa
     });
 }
 
-// y (rows, n) <- gain * (y + scale * (h times M)), rounded once; `h` has ROWS rows of 2 * pairs, `gain` may be null.
+// y (rows, n) <- gain * (y + scale * (h times M)), rounded once, where it is kept; `h` has ROWS rows of 2 * pairs.
 template <bool GAIN>
-inline void add_product(bf16* y, i64 n, i64 rows, const bf16* h, const uint32_t* packed, i64 pairs, float scale, const float* gain) {
+inline void add_product(bf16* y, i64 n, i64 rows, const bf16* h, const uint32_t* packed, i64 pairs, float scale, const float* gain, const uint32_t* kept) {
     Sums sums;
     for (i64 column = 0; column < n; column += 2 * LANES) {
         const uint32_t* block = packed + column * pairs;
@@ -194,7 +204,7 @@ inline void add_product(bf16* y, i64 n, i64 rows, const bf16* h, const uint32_t*
             __m512 first = _mm512_fmadd_ps(_mm512_set1_ps(scale), sums[i][0], load(at));
             __m512 second = _mm512_fmadd_ps(_mm512_set1_ps(scale), sums[i][1], load(at + LANES));
             if constexpr (GAIN) first = _mm512_mul_ps(first, _mm512_loadu_ps(gain + column)), second = _mm512_mul_ps(second, _mm512_loadu_ps(gain + column + LANES));
-            store(at, first, second);
+            _mm512_mask_storeu_epi16(at, kept == nullptr ? ~0u : kept[(i * n + column) / 32], (__m512i)_mm512_cvtne2ps_pbh(second, first));
         }
     }
 }
@@ -237,19 +247,24 @@ __m512 total(const float* sums, i64 apart) {
     return found;
 }
 
-// Where dropout has set zeros: places [from, to) of the ascending `places` lie in rows [row, row + rows) of k numbers.
-struct Zeros {
-    const i64 *from = nullptr, *to = nullptr;
-    i64 origin = 0, k = 0;
-    Zeros(const i64* places, i64 count, i64 row, i64 rows, i64 k) : origin(row * k), k(k) {
-        if (places == nullptr) return;
-        from = std::lower_bound(places, places + count, row * k);
-        to = std::lower_bound(from, places + count, (row + rows) * k);
+// Eight streams of xorshift128+ (Vigna 2017, arXiv 1404.0390), started by splitmix64.
+struct Random {
+    __m512i s, t;
+    explicit Random(uint64_t seed) {
+        alignas(64) uint64_t state[16];
+        for (uint64_t& word : state) {
+            uint64_t z = seed += 0x9e3779b97f4a7c15;
+            z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+            z = (z ^ z >> 27) * 0x94d049bb133111eb;
+            word = z ^ z >> 31;
+        }
+        s = _mm512_load_si512(state), t = _mm512_load_si512(state + 8);
     }
-    // each(offset) for every zero, in rows that lie `stride` apart
-    template <class Each>
-    void at(i64 stride, Each each) const {
-        for (const i64* place = from; place < to; place++) each((*place - origin) / k * stride + (*place - origin) % k);
+    __m512i next() {
+        const __m512i x = _mm512_xor_si512(s, _mm512_slli_epi64(s, 23)), found = _mm512_add_epi64(s, t);
+        s = t;
+        t = _mm512_xor_si512(_mm512_xor_si512(x, _mm512_srli_epi64(x, 18)), _mm512_xor_si512(t, _mm512_srli_epi64(t, 5)));
+        return found;
     }
 };
 
@@ -257,8 +272,22 @@ struct Zeros {
 
 extern "C" {
 
-// h (m, r) = scale d(x) A^T, where d sets x to zero at `places`, ascending places in x, unless that is null.
-void down(const bf16* x, const float* a, bf16* h, const i64* places, i64 count, i64 m, i64 k, i64 r, float scale, int threads) {
+// A mask of `words` x 32 numbers, each of which is dropped if 32 random bits are below `dropped`. It depends on the seed alone.
+void draw(uint32_t* kept, i64 words, uint64_t seed, uint32_t dropped, int threads) {
+    constexpr i64 STRETCH = 1024;  // words of one start of the generator
+    const __m512i limit = _mm512_set1_epi32(dropped);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 from = 0; from < words; from += STRETCH) {
+        Random random(seed ^ static_cast<uint64_t>(from) * 0xd1342543de82ef95);
+        for (i64 i = from; i < std::min(words, from + STRETCH); i++) {
+            const uint32_t low = _mm512_cmpge_epu32_mask(random.next(), limit), high = _mm512_cmpge_epu32_mask(random.next(), limit);
+            kept[i] = low | high << 16;
+        }
+    }
+}
+
+// h (m, r) = scale d(x) A^T.
+void down(const bf16* x, const float* a, bf16* h, const uint32_t* kept, i64 m, i64 k, i64 r, float scale, int threads) {
     const i64 blocks = (r + LANES - 1) / LANES, pairs = k / 2;
     uint32_t* packed = reinterpret_cast<uint32_t*>(for_all.of(blocks * LANES * k * sizeof(bf16)));
 #pragma omp parallel num_threads(threads)
@@ -270,14 +299,9 @@ void down(const bf16* x, const float* a, bf16* h, const i64* places, i64 count, 
         Share mine(m, ROWS);
         for (i64 t = mine.from; t < mine.to; t += ROWS) {
             const i64 rows = std::min(ROWS, m - t);
-            const bf16* from = x + t * k;
-            i64 stride = k;
-            if (places != nullptr || rows < ROWS) {
-                from = copied(from, k, rows, k, copy, k + PADDING);
-                stride = k + PADDING;
-                Zeros(places, count, t, rows, k).at(stride, [&](i64 i) { copy[i] = 0; });
-            }
-            times_factor(from, stride, rows, packed, pairs, r, scale, h + t * r);
+            const bool as_is = kept == nullptr && rows == ROWS;
+            if (!as_is) drop(x + t * k, kept == nullptr ? nullptr : kept + t * k / 32, rows, ROWS, k, copy);
+            times_factor(as_is ? x + t * k : copy, as_is ? k : k + PADDING, rows, packed, pairs, r, scale, h + t * r);
         }
     }
 }
@@ -295,22 +319,22 @@ void update(bf16* y, const bf16* h, i64 stride, const float* b, const float* gai
         Share mine(m, ROWS);
         for (i64 t = mine.from; t < mine.to; t += ROWS) {
             const i64 rows = std::min(ROWS, m - t);
-            copied(h + t * stride, stride, rows, r, padded, 2 * pairs);
-            if (gain != nullptr) add_product<true>(y + t * n, n, rows, padded, packed, pairs, scale, gain);
-            else add_product<false>(y + t * n, n, rows, padded, packed, pairs, scale, nullptr);
+            pad(h + t * stride, stride, rows, r, padded, 2 * pairs);
+            if (gain != nullptr) add_product<true>(y + t * n, n, rows, padded, packed, pairs, scale, gain, nullptr);
+            else add_product<false>(y + t * n, n, rows, padded, packed, pairs, scale, nullptr, nullptr);
         }
     }
 }
 
 // From G = dL/dy (m, n), each unless its pointer is null:
-//     scaled (m, n) = gain * G, and dgain (n) = sum_t G y              for DoRA; what follows is of `scaled` then
+//     scaled (m, n) = gain * G, and dm (n) = sum_t G y / magnitude     for DoRA; what follows is of `scaled` then
 //     dh (m, r) = scale_h G B,  db (n, r) = scale G^T h
 void output_backward(
-    const bf16* g, const bf16* y, const float* gain, bf16* scaled, float* dgain, const bf16* h, i64 stride, const float* b, bf16* dh, float* db,
+    const bf16* g, const bf16* y, const float* magnitude, const float* gain, bf16* scaled, float* dm, const bf16* h, i64 stride, const float* b, bf16* dh, float* db,
     i64 m, i64 n, i64 r, float scale, float scale_h, int threads
 ) {
     const i64 blocks = (r + LANES - 1) / LANES, width = blocks * LANES, pairs = n / 2;
-    const i64 packed_bytes = dh == nullptr ? 0 : width * n * sizeof(bf16), each = (db == nullptr ? 0 : width * n) + (dgain == nullptr ? 0 : n);
+    const i64 packed_bytes = dh == nullptr ? 0 : width * n * sizeof(bf16), each = (db == nullptr ? 0 : width * n) + (dm == nullptr ? 0 : n);
     char* memory = for_all.of(packed_bytes + threads * each * sizeof(float));
     uint32_t* packed = reinterpret_cast<uint32_t*>(memory);
     float* sums = reinterpret_cast<float*>(memory + packed_bytes);
@@ -326,10 +350,10 @@ void output_backward(
         char* own = for_one.of(left_bytes + ROWS * (n + PADDING) * sizeof(bf16));
         uint32_t* left = reinterpret_cast<uint32_t*>(own);
         bf16* copy = reinterpret_cast<bf16*>(own + left_bytes);
-        float *sum_b = sums + omp_get_thread_num() * each, *sum_gain = sum_b + (each - n);
+        float *sum_b = sums + omp_get_thread_num() * each, *sum_m = sum_b + (each - n);
         Share mine(m, BLOCK);
         if (mine.from == mine.to) std::memset(sum_b, 0, each * sizeof(float));
-        else if (dgain != nullptr) std::memset(sum_gain, 0, n * sizeof(float));
+        else if (dm != nullptr) std::memset(sum_m, 0, n * sizeof(float));
 #pragma omp barrier
         for (i64 t = mine.from; t < mine.to; t += BLOCK) {
             const i64 rows = std::min(BLOCK, m - t);
@@ -337,8 +361,8 @@ void output_backward(
                 for (i64 i = t * n; i < (t + rows) * n; i += n)
                     for (i64 column = 0; column < n; column += 2 * LANES) {
                         __m512 first = load(g + i + column), second = load(g + i + column + LANES);
-                        float *at = sum_gain + column, *next = at + LANES;
-                        if (dgain != nullptr) {
+                        float *at = sum_m + column, *next = at + LANES;
+                        if (dm != nullptr) {
                             _mm512_storeu_ps(at, _mm512_fmadd_ps(first, load(y + i + column), _mm512_loadu_ps(at)));
                             _mm512_storeu_ps(next, _mm512_fmadd_ps(second, load(y + i + column + LANES), _mm512_loadu_ps(next)));
                         }
@@ -348,9 +372,9 @@ void output_backward(
             if (dh != nullptr)
                 for (i64 i = t; i < t + rows; i += ROWS) {
                     const i64 some = std::min(ROWS, t + rows - i);
-                    const bool whole = some == ROWS;
-                    const bf16* from = whole ? factor + i * n : copied(factor + i * n, n, some, n, copy, n + PADDING);
-                    times_factor(from, whole ? n : n + PADDING, some, packed, pairs, r, scale_h, dh + i * r);
+                    const bool as_is = some == ROWS;
+                    if (!as_is) drop(factor + i * n, nullptr, some, ROWS, n, copy);
+                    times_factor(as_is ? factor + i * n : copy, as_is ? n : n + PADDING, some, packed, pairs, r, scale_h, dh + i * r);
                 }
             if (db != nullptr) {
                 pack_pairs(h + t * stride, stride, rows, r, width, left);
@@ -360,7 +384,11 @@ void output_backward(
 #pragma omp barrier
         Share part(n, LANES);
         for (i64 column = part.from; column < part.to; column += LANES) {
-            if (dgain != nullptr) _mm512_storeu_ps(dgain + column, total(sums + (each - n) + column, each));
+            if (dm != nullptr) {  // a row of magnitude 0 gives no signal
+                const __m512 m = _mm512_loadu_ps(magnitude + column);
+                const __mmask16 there = _mm512_cmp_ps_mask(m, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+                _mm512_storeu_ps(dm + column, _mm512_maskz_div_ps(there, total(sums + (each - n) + column, each), m));
+            }
             for (i64 j = 0; db != nullptr && j < r; j++) {
                 alignas(64) float some[LANES];
                 _mm512_store_ps(some, _mm512_mul_ps(total(sums + j * n + column, each), _mm512_set1_ps(scale)));
@@ -370,10 +398,8 @@ void output_backward(
     }
 }
 
-// da (r, k) = dh^T d(x) and dx (m, k) += d(dh A), each unless its pointer is null; d as in `down`.
-void input_backward(
-    const bf16* x, const bf16* dh, const float* a, bf16* dx, float* da, const i64* places, i64 count, i64 m, i64 k, i64 r, int threads
-) {
+// da (r, k) = dh^T d(x) and dx (m, k) += d(dh A), each unless its pointer is null.
+void input_backward(const bf16* x, const bf16* dh, const float* a, bf16* dx, float* da, const uint32_t* kept, i64 m, i64 k, i64 r, int threads) {
     const i64 width = round_up(r, LANES), pairs = (r + 1) / 2, blocks = k / LANES, each = width * k;
     const i64 packed_bytes = round_up(dx == nullptr ? 0 : k * pairs * sizeof(uint32_t), 64);
     char* memory = for_all.of(packed_bytes + (da == nullptr ? 0 : threads * each * sizeof(float)));
@@ -387,7 +413,7 @@ void input_backward(
                 for (i64 pair = 0; pair < pairs; pair++) pack_columns(a, k, r, block, pair, pairs, packed);
         }
         const i64 left_bytes = BLOCK / 2 * width * sizeof(uint32_t), padded_bytes = round_up(ROWS * 2 * pairs * sizeof(bf16), 64);
-        char* own = for_one.of(left_bytes + padded_bytes + (places == nullptr ? 0 : BLOCK * (k + PADDING) * sizeof(bf16)));
+        char* own = for_one.of(left_bytes + padded_bytes + (kept == nullptr ? 0 : BLOCK * (k + PADDING) * sizeof(bf16)));
         uint32_t* left = reinterpret_cast<uint32_t*>(own);
         bf16 *padded = reinterpret_cast<bf16*>(own + left_bytes), *copy = reinterpret_cast<bf16*>(own + left_bytes + padded_bytes);
         float* sum = sums + omp_get_thread_num() * each;
@@ -396,30 +422,18 @@ void input_backward(
 #pragma omp barrier
         for (i64 t = mine.from; t < mine.to; t += BLOCK) {
             const i64 rows = std::min(BLOCK, m - t);
-            const Zeros zeros(places, count, t, rows, k);
+            const uint32_t* some_kept = kept == nullptr ? nullptr : kept + t * k / 32;
             if (da != nullptr) {
-                const bf16* from = x + t * k;
-                i64 stride = k;
-                if (places != nullptr) {
-                    stride = k + PADDING;
-                    for (i64 i = 0; i < rows; i++) std::memcpy(copy + i * stride, from + i * k, k * sizeof(bf16));
-                    zeros.at(stride, [&](i64 i) { copy[i] = 0; });
-                    from = copy;
-                }
+                if (kept != nullptr) drop(x + t * k, some_kept, rows, rows, k, copy);
                 pack_pairs(dh + t * r, r, rows, r, width, left);
-                outer(from, stride, rows, k, left, width, sum, t == mine.from);
+                outer(kept == nullptr ? x + t * k : copy, kept == nullptr ? k : k + PADDING, rows, k, left, width, sum, t == mine.from);
             }
-            if (dx != nullptr) {  // what is dropped gets its gradient back
-                bf16 *at = dx + t * k, *kept = copy;
-                zeros.at(k, [&](i64 i) { *kept++ = at[i]; });
+            if (dx != nullptr)
                 for (i64 i = 0; i < rows; i += ROWS) {
                     const i64 some = std::min(ROWS, rows - i);
-                    copied(dh + (t + i) * r, r, some, r, padded, 2 * pairs);
-                    add_product<false>(at + i * k, k, some, padded, packed, pairs, 1, nullptr);
+                    pad(dh + (t + i) * r, r, some, r, padded, 2 * pairs);
+                    add_product<false>(dx + (t + i) * k, k, some, padded, packed, pairs, 1, nullptr, kept == nullptr ? nullptr : some_kept + i * k / 32);
                 }
-                kept = copy;
-                zeros.at(k, [&](i64 i) { at[i] = *kept++; });
-            }
         }
 #pragma omp barrier
         Share part(k, LANES);
@@ -428,8 +442,11 @@ void input_backward(
     }
 }
 
-// squares (n) = 2 s <B, W A^T> + s^2 <B (A A^T), B> by row, by which |W + s B A|^2 differs from |W|^2; gram (r, r) = A A^T.
-void correction(const bf16* w, const float* a, const float* b, const float* gram, float* squares, i64 n, i64 k, i64 r, float s, int threads) {
+// gain (n) = magnitude / |W + s B A| by row, 1 where both are 0; norm (n) alone where magnitude is null. squares (n) = |W|^2 by row, gram (r, r) = A A^T.
+void norm(
+    const bf16* w, const float* squares, const float* a, const float* b, const float* gram, const float* magnitude, float* found,
+    i64 n, i64 k, i64 r, float s, int threads
+) {
     const i64 blocks = (r + LANES - 1) / LANES, pairs = k / 2;
     uint32_t* packed = reinterpret_cast<uint32_t*>(for_all.of(blocks * LANES * k * sizeof(bf16)));
 #pragma omp parallel num_threads(threads)
@@ -439,17 +456,20 @@ void correction(const bf16* w, const float* a, const float* b, const float* gram
 #pragma omp barrier
         Share mine(n, ROWS);
         for (i64 row = mine.from; row < mine.to; row += ROWS) {
-            __m512 found[ROWS];
-            for (i64 i = 0; i < ROWS; i++) found[i] = _mm512_setzero_ps();
+            __m512 sums[ROWS];
+            for (i64 i = 0; i < ROWS; i++) sums[i] = _mm512_setzero_ps();
             into_lanes(w + row * k, k, packed, pairs, blocks, [&](i64 block, i64 i, __m512 cross) {
                 const float* of_row = b + (row + i) * r;
                 __mmask16 there = lanes(r - block * LANES);
                 __m512 inner = _mm512_mul_ps(_mm512_set1_ps(2 * s), cross);
                 for (i64 j = 0; j < r; j++)
                     inner = _mm512_fmadd_ps(_mm512_set1_ps(s * s * of_row[j]), _mm512_maskz_loadu_ps(there, gram + j * r + block * LANES), inner);
-                found[i] = _mm512_fmadd_ps(inner, _mm512_maskz_loadu_ps(there, of_row + block * LANES), found[i]);
+                sums[i] = _mm512_fmadd_ps(inner, _mm512_maskz_loadu_ps(there, of_row + block * LANES), sums[i]);
             });
-            for (i64 i = 0; i < ROWS; i++) squares[row + i] = _mm512_reduce_add_ps(found[i]);
+            for (i64 i = row; i < row + ROWS; i++) {  // |W|^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>
+                const float square = squares[i] + _mm512_reduce_add_ps(sums[i - row]), of_row = square < 0 ? 0 : std::sqrt(square);
+                found[i] = magnitude == nullptr ? of_row : of_row == 0 ? 1 : magnitude[i] / of_row;
+            }
         }
     }
 }

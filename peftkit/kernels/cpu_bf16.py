@@ -45,13 +45,14 @@ def serves(x: Tensor, r: int, beside: int, masters: torch.dtype) -> bool:
 
     They do not see what watches or replaces calls of torch, such as fake tensors, FlopCounterMode and torch.jit.trace: plain torch does.
     """
+    rows, width = x.shape
     return (
         x.dtype == torch.bfloat16
         and masters == torch.float32
-        and x.device.type == "cpu"
-        and len(x) >= FEWEST_ROWS
-        and x.shape[1] % 32 == beside % 32 == 0
-        and max(x.shape[1], beside) * (r + 15) * 4 * torch.get_num_threads() <= _SUMS
+        and x.is_cpu
+        and rows >= FEWEST_ROWS
+        and width % 32 == beside % 32 == 0
+        and max(width, beside) * (r + 15) * 4 * torch.get_num_threads() <= _SUMS
         and sees(x)
     )
 
@@ -138,21 +139,22 @@ def _compiled(compiler: str, openmp: str, path: Path) -> Path:
 
 def _declare(found: ctypes.CDLL) -> None:
     pointer, integer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    found.down.argtypes = [*[pointer] * 4, *[integer] * 4, number, count]
+    found.draw.argtypes = [pointer, integer, ctypes.c_uint64, ctypes.c_uint32, count]
+    found.down.argtypes = [*[pointer] * 4, integer, integer, integer, number, count]
     found.update.argtypes = [pointer, pointer, integer, pointer, pointer, integer, integer, integer, number, count]
-    found.output_backward.argtypes = [*[pointer] * 6, integer, *[pointer] * 3, integer, integer, integer, number, number, count]
-    found.input_backward.argtypes = [*[pointer] * 6, *[integer] * 4, count]
-    found.correction.argtypes = [*[pointer] * 5, integer, integer, integer, number, count]
+    found.output_backward.argtypes = [*[pointer] * 7, integer, *[pointer] * 3, integer, integer, integer, number, number, count]
+    found.input_backward.argtypes = [*[pointer] * 6, integer, integer, integer, count]
+    found.norm.argtypes = [*[pointer] * 7, integer, integer, integer, number, count]
     found.fingerprint.argtypes = [pointer, integer]
     found.fingerprint.restype = ctypes.c_uint64
-    for function in (found.down, found.update, found.output_backward, found.input_backward, found.correction):
+    for function in (found.draw, found.down, found.update, found.output_backward, found.input_backward, found.norm):
         function.restype = None
 
 
 def _try_out(found: ctypes.CDLL) -> None:
     """One product whose result is known, before any other is trusted."""
     x, a, h = torch.ones(1, 32, dtype=torch.bfloat16), torch.arange(32.0).expand(2, 32).contiguous(), torch.empty(1, 2, dtype=torch.bfloat16)
-    found.down(x.data_ptr(), a.data_ptr(), h.data_ptr(), None, 0, 1, 32, 2, 0.5, torch.get_num_threads())
+    found.down(x.data_ptr(), a.data_ptr(), h.data_ptr(), None, 1, 32, 2, 0.5, torch.get_num_threads())
     if h.tolist() != [[248.0, 248.0]]:
         raise RuntimeError(f"the kernels for bf16 compute 0.5 (0 + 1 + ... + 31) = {h.tolist()}; set peftkit.kernels.cpu_bf16.ENABLED = False and report this")
 
@@ -170,12 +172,23 @@ def _kernels() -> ctypes.CDLL:
     return found
 
 
-def down(x: Tensor, a: Tensor, scale: float, places: Tensor | None) -> Tensor:
-    """scale d(x) A^T (tokens, r) for x (tokens, in) and A (r, in); d sets the ascending `places` of x to zero."""
+def dropout_mask(count: int, p: float, seed: int) -> Tensor:
+    """A bit for each of `count` numbers, a multiple of 32, as uint8 (count / 8,): 0, with probability p, where one is dropped. The seed alone decides."""
+    kept = torch.empty(count // 8, dtype=torch.uint8)
+    _kernels().draw(_at(kept), count // 32, seed, min(round(p * 2**32), 2**32 - 1), torch.get_num_threads())
+    return kept
+
+
+def zeros_of(kept: Tensor) -> Tensor:
+    """The places of the zeros in a `dropout_mask`, in ascending order, for plain torch."""
+    return (kept[:, None] >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).view(-1).logical_not().nonzero().view(-1)
+
+
+def down(x: Tensor, a: Tensor, scale: float, kept: Tensor | None) -> Tensor:
+    """scale d(x) A^T (tokens, r) for x (tokens, in) and A (r, in); d is that of the `dropout_mask`."""
     x, a = x.contiguous(), a.detach().contiguous()
-    h = x.new_empty(len(x), len(a))
-    count = 0 if places is None else len(places)
-    _kernels().down(_at(x), _at(a), _at(h), _at(places), count, *x.shape, len(a), scale, torch.get_num_threads())
+    h = x.new_empty(x.shape[0], a.shape[0])
+    _kernels().down(_at(x), _at(a), _at(h), _at(kept), *x.shape, a.shape[0], scale, torch.get_num_threads())
     return h
 
 
@@ -188,45 +201,45 @@ def update_(y: Tensor, h: Tensor, b: Tensor, scale: float, gain: Tensor | None =
 
 
 def output_backward(
-    grad: Tensor, h: Tensor, b: Tensor, scale: float, scale_h: float, *, need_h: bool, need_b: bool, y: Tensor | None = None, gain: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(G', dh, dB, sum_t G y) from G = dL/dy (tokens, out): dh = scale_h G' B and dB = scale G'^T h, each if needed.
+    grad: Tensor, h: Tensor, b: Tensor, scale: float, scale_h: float, *, need_h: bool, need_b: bool,
+    y: Tensor | None = None, magnitude: Tensor | None = None, gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(G', dh, dB, dm) from G = dL/dy (tokens, out): dh = scale_h G' B and dB = scale G'^T h, each if needed.
 
-    G' is gain * G where there is a gain, G else; the sum is taken where there is a y. dB and the sum are fp32.
+    G' is gain * G where there is a gain, G else. dm = sum_t G y / m, for DoRA's output y, is taken where there is a y. dB and dm are fp32.
     """
-    assert h.stride(1) == 1
+    assert h.stride(1) == 1 and (y is None or not (magnitude is None or gain is None))
     grad, b = grad.contiguous(), b.detach().contiguous()
-    assert y is None or gain is not None
-    y, gain = None if y is None else y.contiguous(), None if gain is None else gain.contiguous()
+    y, magnitude, gain = (None if tensor is None else tensor.detach().contiguous() for tensor in (y, magnitude, gain))
     scaled = grad if gain is None else torch.empty_like(grad)
     grad_h = grad.new_empty(h.shape) if need_h else None
     grad_b = torch.empty_like(b) if need_b else None
-    sums = None if y is None else b.new_empty(len(b))
+    grad_m = None if y is None else b.new_empty(b.shape[0])
     _kernels().output_backward(
-        _at(grad), _at(y), _at(gain), _at(scaled), _at(sums), _at(h), h.stride(0), _at(b), _at(grad_h), _at(grad_b),
+        _at(grad), _at(y), _at(magnitude), _at(gain), _at(scaled), _at(grad_m), _at(h), h.stride(0), _at(b), _at(grad_h), _at(grad_b),
         *grad.shape, h.shape[1], scale, scale_h, torch.get_num_threads(),
     )  # fmt: skip
-    return scaled, grad_h, grad_b, sums
+    return scaled, grad_h, grad_b, grad_m
 
 
-def input_backward(x: Tensor, grad_h: Tensor, a: Tensor, places: Tensor | None, grad_x: Tensor | None, *, need_a: bool) -> Tensor | None:
+def input_backward(x: Tensor, grad_h: Tensor, a: Tensor, kept: Tensor | None, grad_x: Tensor | None, *, need_a: bool) -> Tensor | None:
     """dA = dh^T d(x) (r, in) in fp32, if needed; a contiguous dx (tokens, in) <- dx + d(dh A), in place, if there is one."""
     assert grad_x is None or grad_x.is_contiguous()
     x, grad_h, a = x.contiguous(), grad_h.contiguous(), a.detach().contiguous()
     grad_a = torch.empty_like(a) if need_a else None
-    count = 0 if places is None else len(places)
-    _kernels().input_backward(
-        _at(x), _at(grad_h), _at(a), _at(grad_x), _at(grad_a), _at(places), count, *x.shape, len(a), torch.get_num_threads()
-    )  # fmt: skip
+    _kernels().input_backward(_at(x), _at(grad_h), _at(a), _at(grad_x), _at(grad_a), _at(kept), *x.shape, a.shape[0], torch.get_num_threads())
     return grad_a
 
 
-def correction(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """|W + s B A|^2 - |W|^2 by row (out,) in fp32, for a contiguous W (out, in) in bf16, A (r, in) and B (out, r)."""
+def norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    """|W + s B A| by row (out,) in fp32, for a contiguous W (out, in) in bf16 and |W|^2 by row; with an m, m / |W + s B A| and 1 where the norm is 0."""
     assert weight.is_contiguous()
-    a, b = a.detach().contiguous(), b.detach().contiguous()
-    gram, found = a @ a.T, b.new_empty(len(b))
-    _kernels().correction(_at(weight), _at(a), _at(b), _at(gram), _at(found), *weight.shape, len(a), scale, torch.get_num_threads())
+    a, b, squares = a.detach().contiguous(), b.detach().contiguous(), squares.float().contiguous()
+    magnitude = None if magnitude is None else magnitude.detach().float().contiguous()
+    gram, found = a @ a.T, b.new_empty(b.shape[0])
+    _kernels().norm(
+        _at(weight), _at(squares), _at(a), _at(b), _at(gram), _at(magnitude), _at(found), *weight.shape, a.shape[0], scale, torch.get_num_threads()
+    )  # fmt: skip
     return found
 
 

@@ -24,7 +24,7 @@ _CACHED_ROWS = 256
 
 
 class Gain(NamedTuple):
-    """What a CPU scales the columns of y by: g = m / n (out,), or g - 1 in the dtype of y where that is exact enough and no kernel takes g itself."""
+    """What a CPU scales the columns of y by: g = m / n (out,), or g - 1 in the dtype of y where that is exact enough and no kernel of `cpu_bf16` took the norm."""
 
     factor: Tensor
     excess: bool
@@ -33,11 +33,22 @@ class Gain(NamedTuple):
 def column_gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Gain:
     """g = m / n (out,) for a y in `dtype`: g - 1 in half precision, as long as g is near 1, where DoRA keeps it."""
     exact = gain_of(magnitude, norm)
-    if exact.device.type == "cpu" and dtype.itemsize == 2 and not (dtype == torch.bfloat16 and cpu_bf16.sees(exact)):
+    if exact.device.type == "cpu" and dtype.itemsize == 2:
         excess = exact - 1
         if bool(excess.abs().max() <= 0.125):
             return Gain(excess.to(dtype), True)
     return Gain(exact, False)
+
+
+def dora_gain(magnitude: Tensor, weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Gain:
+    """The `column_gain` of m and the `dora_norm` of W + s B A, for a y in the dtype of W (out, in)."""
+    if _by_kernel(weight, a):
+        return Gain(cpu_bf16.norm(weight, squares, a, b, scale, magnitude), False)
+    return column_gain(magnitude, dora_norm(weight, squares, a, b, scale), weight.dtype)
+
+
+def _by_kernel(weight: Tensor, a: Tensor) -> bool:
+    return weight.is_contiguous() and cpu_bf16.serves(weight, a.shape[0], weight.shape[0], a.dtype)
 
 
 def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor | Gain, bias: Tensor | None) -> Tensor:
@@ -133,8 +144,8 @@ def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: floa
         with torch.cuda.device_of(weight):
             return triton_dora.dora_norm(weight, squares, a, b, scale, memory)
     with torch.autocast(weight.device.type, enabled=False):
-        if weight.is_contiguous() and cpu_bf16.serves(weight, len(a), 0, a.dtype):
-            return (squares + cpu_bf16.correction(weight, a, b, scale)).clamp_min_(0).sqrt_()
+        if _by_kernel(weight, a):
+            return cpu_bf16.norm(weight, squares, a, b, scale)
         narrow = a.to(weight.dtype)
         wide = torch.float64 if weight.dtype.itemsize > 2 else torch.promote_types(a.dtype, torch.float32)
         # W A^T (out, r); of a transposed W (GPT-2, embeddings) the way round in which it is stored, which is up to 20 times faster.

@@ -1,6 +1,7 @@
 """Dropout as the layers need it: the same zeros again in backward, without a mask of x kept in between.
 
-On a CPU the places of the zeros are kept, or drawn again from the seed; on a GPU they are drawn where they are used.
+On a CPU the places of the zeros are kept, or drawn again from the seed, and for the kernels of `cpu_bf16` a mask of bits; on a
+GPU zeros are drawn where they are used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftkit.kernels import cpu_bf16
 from peftkit.kernels.base import triton_serves
 
 REMEMBERED = 0.1
@@ -35,21 +37,36 @@ def zeroed_places(count: int, p: float, seed: int) -> Tensor:
 
 
 class Dropout(NamedTuple):
-    """d(x) of one tensor up to its factor 1 / (1 - p): on a CPU the places of the zeros, elsewhere the seed to draw them from."""
+    """d(x) of one tensor up to its factor 1 / (1 - p): on a CPU the places of the zeros or a mask, elsewhere the seed to draw them from."""
 
     p: float
     seed: int
     places: Tensor | None
+    mask: Tensor | None = None
+    """As `cpu_bf16.dropout_mask` makes it, for its kernels."""
 
     @classmethod
-    def of(cls, x: Tensor, p: float, seed: int, kept: Tensor | None = None) -> Dropout:
+    def of(cls, x: Tensor, p: float, seed: int, kept: Tensor | None = None, as_mask: bool = False) -> Dropout:
         """Of a tensor like `x`; `kept` is what `to_keep` gave for the same seed."""
         if not p or x.device.type != "cpu":
             return cls(p, seed, None)
-        return cls(p, seed, zeroed_places(x.numel(), p, seed) if kept is None else kept.to(torch.int64))
+        if kept is None:
+            return cls(p, seed, None, cpu_bf16.dropout_mask(x.numel(), p, seed)) if as_mask else cls(p, seed, zeroed_places(x.numel(), p, seed))
+        return cls(p, seed, None, kept) if kept.dtype == torch.uint8 else cls(p, seed, kept.to(torch.int64))
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether the kernels of `cpu_bf16` can apply it."""
+        return not self.p or self.mask is not None
+
+    def without_mask(self) -> Dropout:
+        """The same zeros for plain torch."""
+        return self if self.mask is None else Dropout(self.p, self.seed, cpu_bf16.zeros_of(self.mask))
 
     def to_keep(self) -> Tensor | None:
         """What backward should be given, None where it is to draw anew."""
+        if self.mask is not None:
+            return self.mask
         if self.places is None or self.p > REMEMBERED:
             return None
         narrow = not len(self.places) or int(self.places[-1]) < 2**31  # they ascend

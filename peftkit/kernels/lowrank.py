@@ -43,12 +43,16 @@ def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return x @ y if scale == 1 else torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scale)
 
 
-def _multiply(flat: Tensor, factors: Sequence[Tensor], dropout: Dropout, training: bool) -> Tensor:
-    """d(x) A^T (tokens, sum of r) for x (tokens, in). Evaluation sums in torch's order, so that its outputs are peft's to the bit."""
-    scale = 1 / (1 - dropout.p)
-    if training and cpu_bf16.serves(flat, sum(map(len, factors)), 0, factors[0].dtype):
-        return cpu_bf16.down(flat, _stacked(factors, torch.float32), scale, dropout.places)
-    return _product(dropout(flat), _stacked(factors, flat.dtype).T, scale)
+def _multiply(flat: Tensor, factors: Sequence[Tensor], p: float, seed: int, training: bool) -> tuple[Tensor, Tensor | None]:
+    """d(x) A^T (tokens, sum of r) for x (tokens, in), and what of d backward should be given.
+
+    Evaluation sums in torch's order, so that its outputs are peft's to the bit.
+    """
+    by_kernel = training and cpu_bf16.serves(flat, sum(a.shape[0] for a in factors), 0, factors[0].dtype)
+    dropout = Dropout.of(flat, p, seed, as_mask=by_kernel)
+    if by_kernel:
+        return cpu_bf16.down(flat, _stacked(factors, torch.float32), 1 / (1 - p), dropout.mask), dropout.mask
+    return _product(dropout(flat), _stacked(factors, flat.dtype).T, 1 / (1 - p)), dropout.to_keep()
 
 
 def _gradients_of(factors: Sequence[Tensor], grad_h: Tensor, x: Tensor) -> tuple[Tensor, ...]:
@@ -77,9 +81,10 @@ def _input_gradients(
 ) -> tuple[Tensor | None, ...]:
     """dA of every A, if needed, from dh (tokens, sum of r) and x (tokens, in); d(dh A) is added to the contiguous dx, if there is one."""
     found: tuple[Tensor | None, ...] = (None,) * len(factors)
-    if cpu_bf16.serves(x, grad_h.shape[1], 0, factors[0].dtype):
-        together = cpu_bf16.input_backward(x, grad_h, _stacked(factors, torch.float32), dropout.places, grad_x, need_a=need_a)
-        return found if together is None else together.split_with_sizes([len(a) for a in factors])
+    if dropout.by_kernel and cpu_bf16.serves(x, grad_h.shape[1], 0, factors[0].dtype):
+        together = cpu_bf16.input_backward(x, grad_h, _stacked(factors, torch.float32), dropout.mask, grad_x, need_a=need_a)
+        return found if together is None else together.split_with_sizes([a.shape[0] for a in factors])
+    dropout = dropout.without_mask()
     if need_a:
         found = _gradients_of(factors, grad_h, dropout(x))
     if grad_x is not None:
@@ -113,9 +118,8 @@ class _SharedDown(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropout: float, seed: int, after: Callable[[], None], *factors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.dropout, ctx.seed, ctx.after, ctx.device = dropout, seed, after, x.device.type
         ctx.set_materialize_grads(False)
-        drop = Dropout.of(x, dropout, seed)
-        ctx.save_for_backward(x, drop.to_keep(), *factors)
-        h = _multiply(x.reshape(-1, x.shape[-1]), factors, drop, training=True)
+        h, kept = _multiply(x.reshape(-1, x.shape[-1]), factors, dropout, seed, training=True)
+        ctx.save_for_backward(x, kept, *factors)
         return x.view_as(x), *h.split_with_sizes([a.shape[0] for a in factors], 1)
 
     @staticmethod
@@ -123,13 +127,13 @@ class _SharedDown(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor | None, *grads: Tensor | None):  # type: ignore[override]
         refuse_second_derivative()
         ctx.after()
-        x, places, *factors = ctx.saved_tensors
+        x, kept, *factors = ctx.saved_tensors
         used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         grad_a: list[Tensor | None] = [None] * len(factors)
         if not used:
             return grad_x, None, None, None, *grad_a
         grad_h = torch.cat([grad for _, grad in used], 1) if len(used) > 1 else used[0][1]  # (tokens, sum of r)
-        drop = Dropout.of(x, ctx.dropout, ctx.seed, places)
+        drop = Dropout.of(x, ctx.dropout, ctx.seed, kept)
         if drop.p:
             grad_h = grad_h * (1 / (1 - drop.p))
         if ctx.needs_input_grad[0] and grad_x is None:
@@ -174,15 +178,13 @@ FEW = 16
 def _output(
     x: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor, magnitude: Tensor | None, bias: Tensor | None, around: Around, few: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Gain | None]:
-    """(y (..., out), h (tokens, r), the places of the zeros, the norm or gain); for LoRA the frozen product holds the bias already."""
-    places = norm = None
+    """(y (..., out), h (tokens, r), what of the dropout to keep, the norm or gain); for LoRA the frozen product holds the bias already."""
+    kept = norm = None
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
     if h is None:
         assert a is not None
-        drop = Dropout.of(flat, around.dropout, around.seed)
-        few = few and len(flat) <= FEW and flat.dtype.itemsize == 2 and a.dtype == torch.float32
-        h = _multiply(flat.float() if few else flat, [a], drop, around.training)
-        places = drop.to_keep()
+        few = few and flat.shape[0] <= FEW and flat.dtype.itemsize == 2 and a.dtype == torch.float32
+        h, kept = _multiply(flat.float() if few else flat, [a], around.dropout, around.seed, around.training)
     y = around.frozen(flat)  # (tokens, out)
     if magnitude is not None and around.norm is not None:
         norm = around.norm()  # after the product with W, which leaves W in the cache
@@ -195,7 +197,7 @@ def _output(
         y.add_((h @ b.to(y.dtype).T).mul_(around.scale))
     if x.ndim != 2 or y._is_view():
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view to autograd: the model may write into what it is given
-    return y, h, places, norm
+    return y, h, kept, norm
 
 
 class _Linear(torch.autograd.Function):
@@ -206,28 +208,28 @@ class _Linear(torch.autograd.Function):
         own = h is None
         # In half precision y - b for the gradient of m would keep no more than the rounding of a large b: what it needs is kept before b is added.
         ctx.apart = magnitude is not None and bias is not None and x.dtype.itemsize == 2 and ctx.needs_input_grad[4]
-        y, h, places, norm = _output(x, h, a, b, magnitude, None if ctx.apart else bias, around)
+        y, h, kept, norm = _output(x, h, a, b, magnitude, None if ctx.apart else bias, around)
         before = y
         if ctx.apart and bias is not None:
             y = y + bias.to(y.dtype)
         # The norm is the layer's own, kept from step to step and never written to: no activation.
         ctx.around, ctx.norm, ctx.shape, ctx.device = around, norm, x.shape, x.device.type
         if magnitude is None:
-            ctx.save_for_backward(x if own else None, places, h, a, b, None, bias, None)
+            ctx.save_for_backward(x if own else None, kept, h, a, b, None, bias, None)
         elif ctx.apart:
-            ctx.save_for_backward(x if own else None, places, h, a, b, magnitude, bias, before)
+            ctx.save_for_backward(x if own else None, kept, h, a, b, magnitude, bias, before)
         else:  # `counter` shares y's count of the writes into it, and nothing else
             ctx.counter = y.detach()
             ctx.counter.data = y.new_empty(0)
             ctx.written = y._version
-            ctx.save_for_backward(x, places, h, a, b, magnitude, bias, y.data)
+            ctx.save_for_backward(x, kept, h, a, b, magnitude, bias, y.data)
         return y
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         refuse_second_derivative()
-        x, places, h, a, b, magnitude, bias, y = ctx.saved_tensors
+        x, kept, h, a, b, magnitude, bias, y = ctx.saved_tensors
         _, weight, _, scale, dropout, seed, _ = ctx.around
         need_x, need_h, need_a, need_b, need_magnitude, need_bias, _ = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
@@ -244,11 +246,10 @@ class _Linear(torch.autograd.Function):
         if (magnitude is None or (isinstance(ctx.norm, Gain) and not ctx.norm.excess and bias is None)) and cpu_bf16.serves(grad, b.shape[1], 0, b.dtype):
             if need_bias and bias is not None:
                 grad_bias = sum_of_rows(grad, bias.dtype)
-            grad, grad_h, grad_b, sums = cpu_bf16.output_backward(
-                grad, h, b, scale, scale_h, need_h=need_grad_h, need_b=need_b, y=y if need_magnitude else None, gain=None if magnitude is None else ctx.norm.factor
-            )
-            if sums is not None:
-                grad_magnitude = torch.where(magnitude == 0, 0, sums / magnitude)
+            grad, grad_h, grad_b, grad_magnitude = cpu_bf16.output_backward(
+                grad, h, b, scale, scale_h, need_h=need_grad_h, need_b=need_b,
+                y=y if need_magnitude else None, magnitude=magnitude, gain=None if magnitude is None else ctx.norm.factor,
+            )  # fmt: skip
         else:
             if magnitude is not None:
                 grad, grad_magnitude, of_bias = compose_backward(
@@ -265,7 +266,7 @@ class _Linear(torch.autograd.Function):
             grad_x = grad @ weight(grad.dtype)  # (tokens, in)
         if a is not None and (need_a or need_x):
             flat = x.reshape(-1, x.shape[-1])
-            drop = Dropout.of(flat, dropout, seed, places)
+            drop = Dropout.of(flat, dropout, seed, kept)
             (grad_a,) = _input_gradients([a], grad_h, flat, grad_x, drop, need_a)  # dh holds the 1 / (1 - p) of the dropout
         if need_x and len(ctx.shape) != 2:
             grad_x = grad_x.view(ctx.shape)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import quant
-from peftkit.kernels import Gain, column_gain, composed, dora_norm, fingerprint, gain_of, linear, norm_memory, shared_down
+from peftkit.kernels import Gain, composed, dora_gain, dora_norm, fingerprint, gain_of, linear, norm_memory, shared_down
 from peftkit.layers.base import ADAPTER, AdapterLayer, Factor, Spec, Trained, held, master_dtype, refuse_stacked_dora
 from peftkit.layers.bias import bias_copy
 from peftkit.layers.frozen import as_stored, compute_dtype, dense_weight, features, is_bare, is_linear, plain_linear, row_squares, weight_reader
@@ -247,7 +247,7 @@ class LoRALinear(AdapterLayer):
         """
         key = (self._base_key(), self.scale, weight.dtype, factors[0].dtype, fingerprint(*factors, magnitude))
         if self._gain is None or self._gain[0] != key:
-            self._gain = (key, column_gain(magnitude, self.norm(weight, factors), weight.dtype), self._hold())
+            self._gain = (key, dora_gain(magnitude, weight, self.squares(), *factors, self.scale), self._hold())
             if not self.training:  # the next norm is far off
                 self._squares = None
         return self._gain[1]

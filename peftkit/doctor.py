@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 import peftkit
 from peftkit import quant
 from peftkit.amounts import human
+from peftkit.kernels import cpu_bf16
 from peftkit.model import best_dtype, load
 
 State = Literal["ok", "note", "warning", "broken"]
@@ -179,6 +180,11 @@ def _kernels() -> Iterator[Found]:
 
         use = "its kernels run on the GPU" if torch.cuda.is_available() else "without a GPU the kernels in plain torch run"
         yield "Triton", "ok" if torch.cuda.is_available() else "note", f"{triton.__version__}: {use}", ""
+    try:
+        cpu_bf16.load()
+        yield "bf16 on the CPU", "ok", "kernels in C++, compiled for this machine and tried out", ""
+    except cpu_bf16.UnavailableError as error:
+        yield "bf16 on the CPU", "note", f"plain torch runs, where kernels in C++ would be faster: {error}", ""
 
 
 def _extras() -> Iterator[Found]:

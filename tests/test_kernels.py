@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import peftkit as pk
-from peftkit.kernels import Gain, column_gain, dora_norm, fingerprint
-from peftkit.kernels.dora import scale_columns
+from peftkit.kernels import Gain, dora_gain, fingerprint
+from peftkit.kernels.dora import column_gain, scale_columns
 from peftkit.layers import LoRALinear, SharedInput, adapter_layers, dense_weight, is_linear, row_squares, trainable_parameters
 
 METHODS = {"lora": pk.LoRA, "dora": pk.DoRA}
@@ -287,7 +287,7 @@ def test_the_norm_stays_while_nothing_changes(monkeypatch):
     import peftkit.layers.linear as linear
 
     calls = []
-    monkeypatch.setattr(linear, "dora_norm", lambda *args: calls.append(1) or dora_norm(*args))
+    monkeypatch.setattr(linear, "dora_gain", lambda *args: calls.append(1) or dora_gain(*args))
     model = adapted("dora", torch.float32)
     x = tokens(3, 16, dtype=torch.float32).requires_grad_()
     optimizer = torch.optim.AdamW([p for _, _, p in trainable_parameters(model)], lr=0.01, fused=True)

@@ -203,7 +203,10 @@ inline void add_product(bf16* y, i64 n, i64 rows, const bf16* h, const uint32_t*
             bf16* at = y + i * n + column;
             __m512 first = _mm512_fmadd_ps(_mm512_set1_ps(scale), sums[i][0], load(at));
             __m512 second = _mm512_fmadd_ps(_mm512_set1_ps(scale), sums[i][1], load(at + LANES));
-            if constexpr (GAIN) first = _mm512_mul_ps(first, _mm512_loadu_ps(gain + column)), second = _mm512_mul_ps(second, _mm512_loadu_ps(gain + column + LANES));
+            if constexpr (GAIN) {
+                first = _mm512_mul_ps(first, _mm512_loadu_ps(gain + column));
+                second = _mm512_mul_ps(second, _mm512_loadu_ps(gain + column + LANES));
+            }
             _mm512_mask_storeu_epi16(at, kept == nullptr ? ~0u : kept[(i * n + column) / 32], (__m512i)_mm512_cvtne2ps_pbh(second, first));
         }
     }
@@ -330,8 +333,8 @@ void update(bf16* y, const bf16* h, i64 stride, const float* b, const float* gai
 //     scaled (m, n) = gain * G, and dm (n) = sum_t G y / magnitude     for DoRA; what follows is of `scaled` then
 //     dh (m, r) = scale_h G B,  db (n, r) = scale G^T h
 void output_backward(
-    const bf16* g, const bf16* y, const float* magnitude, const float* gain, bf16* scaled, float* dm, const bf16* h, i64 stride, const float* b, bf16* dh, float* db,
-    i64 m, i64 n, i64 r, float scale, float scale_h, int threads
+    const bf16* g, const bf16* y, const float* magnitude, const float* gain, bf16* scaled, float* dm, const bf16* h, i64 stride, const float* b,
+    bf16* dh, float* db, i64 m, i64 n, i64 r, float scale, float scale_h, int threads
 ) {
     const i64 blocks = (r + LANES - 1) / LANES, width = blocks * LANES, pairs = n / 2;
     const i64 packed_bytes = dh == nullptr ? 0 : width * n * sizeof(bf16), each = (db == nullptr ? 0 : width * n) + (dm == nullptr ? 0 : n);
@@ -442,17 +445,30 @@ void input_backward(const bf16* x, const bf16* dh, const float* a, bf16* dx, flo
     }
 }
 
-// gain (n) = magnitude / |W + s B A| by row, 1 where both are 0; norm (n) alone where magnitude is null. squares (n) = |W|^2 by row, gram (r, r) = A A^T.
+// found (n) = |W + s B A| by row, or with a magnitude (n) the gain magnitude / |W + s B A|, and 1 where that norm is 0. squares (n) = |W|^2 by row.
 void norm(
-    const bf16* w, const float* squares, const float* a, const float* b, const float* gram, const float* magnitude, float* found,
-    i64 n, i64 k, i64 r, float s, int threads
+    const bf16* w, const float* squares, const float* a, const float* b, const float* magnitude, float* found, i64 n, i64 k, i64 r, float s, int threads
 ) {
-    const i64 blocks = (r + LANES - 1) / LANES, pairs = k / 2;
-    uint32_t* packed = reinterpret_cast<uint32_t*>(for_all.of(blocks * LANES * k * sizeof(bf16)));
+    const i64 blocks = (r + LANES - 1) / LANES, pairs = k / 2, packed_bytes = blocks * LANES * k * sizeof(bf16);
+    char* memory = for_all.of(packed_bytes + r * r * sizeof(float));
+    uint32_t* packed = reinterpret_cast<uint32_t*>(memory);
+    float* gram = reinterpret_cast<float*>(memory + packed_bytes);  // A A^T (r, r)
 #pragma omp parallel num_threads(threads)
     {
         Share part(pairs, 8);
         for (i64 block = 0; block < blocks; block++) pack_rows(a, r, k, block, part.from, part.to, pairs, packed);
+        const Share products(r * r, 1);
+        for (i64 at = products.from; at < products.to; at++) {
+            const i64 i = at / r, j = at % r;
+            if (j > i) continue;
+            __m512 sum = _mm512_setzero_ps(), other = sum;
+            for (i64 column = 0; column < k; column += 2 * LANES) {
+                const float *one = a + i * k + column, *two = a + j * k + column;
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(one), _mm512_loadu_ps(two), sum);
+                other = _mm512_fmadd_ps(_mm512_loadu_ps(one + LANES), _mm512_loadu_ps(two + LANES), other);
+            }
+            gram[i * r + j] = gram[j * r + i] = _mm512_reduce_add_ps(_mm512_add_ps(sum, other));
+        }
 #pragma omp barrier
         Share mine(n, ROWS);
         for (i64 row = mine.from; row < mine.to; row += ROWS) {

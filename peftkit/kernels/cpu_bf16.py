@@ -45,16 +45,11 @@ def serves(x: Tensor, r: int, beside: int, masters: torch.dtype) -> bool:
 
     They do not see what watches or replaces calls of torch, such as fake tensors, FlopCounterMode and torch.jit.trace: plain torch does.
     """
+    if not (x.dtype == torch.bfloat16 and masters == torch.float32 and x.is_cpu and sees(x)):
+        return False
     rows, width = x.shape
-    return (
-        x.dtype == torch.bfloat16
-        and masters == torch.float32
-        and x.is_cpu
-        and rows >= FEWEST_ROWS
-        and width % 32 == beside % 32 == 0
-        and max(width, beside) * (r + 15) * 4 * torch.get_num_threads() <= _SUMS
-        and sees(x)
-    )
+    sums = max(width, beside) * (r + 15) * 4 * torch.get_num_threads()
+    return rows >= FEWEST_ROWS and width % 32 == beside % 32 == 0 and sums <= _SUMS
 
 
 def sees(x: Tensor) -> bool:
@@ -85,16 +80,15 @@ def load() -> ctypes.CDLL:
         raise UnavailableError(f"{compiler} is clang, whose OpenMP is not torch's; set CXX to g++")
     source = SOURCE.read_bytes()
     key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), about.encode(), openmp.encode()])).hexdigest()[:16]
-    name = f"cpu_bf16-{key}.so"
     try:
         folder = _cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / name
-        found = ctypes.CDLL(str(path if path.exists() else _compiled(compiler, openmp, path)))
-    except OSError as error:  # a cache that cannot be written to, or a file from it that cannot be loaded
+        whole = (path for path in sorted(folder.glob(f"{key}-*.so")) if path.stem == f"{key}-{_digest(path)}")
+        found = ctypes.CDLL(str(next(whole, None) or _compiled(compiler, openmp, folder, key)))
+    except OSError as error:
         logger.warning("%s: %s; the kernels are compiled into a temporary folder, which takes a second in each process", type(error).__name__, error)
-        with tempfile.TemporaryDirectory() as folder_name:
-            found = ctypes.CDLL(str(_compiled(compiler, openmp, Path(folder_name) / name)))
+        with tempfile.TemporaryDirectory() as name:
+            found = ctypes.CDLL(str(_compiled(compiler, openmp, Path(name), key)))
     _declare(found)
     _try_out(found)
     return found
@@ -123,16 +117,24 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "peftkit" / "kernels"
 
 
-def _compiled(compiler: str, openmp: str, path: Path) -> Path:
-    """The library at `path`, put there in one step: another process may be at it too. Raises UnavailableError with the compiler's first error."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        result = Path(folder) / path.name
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _compiled(compiler: str, openmp: str, folder: Path, key: str) -> Path:
+    """The library, put into `folder` in one step, since another process may be at it too. Raises UnavailableError with the compiler's first error.
+
+    Its name holds a digest of it: loading one that was cut off would kill the process.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        result = Path(name) / "library.so"
         # torch's own libgomp is named first, so that the compiler's is not needed.
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(result), "-Wl,--as-needed", openmp]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines()
             raise UnavailableError(f"{compiler} fails: {next((line for line in lines if 'error' in line), lines[-1] if lines else done.returncode)}")
+        path = folder / f"{key}-{_digest(result)}.so"
         os.replace(result, path)
     return path
 
@@ -144,7 +146,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.update.argtypes = [pointer, pointer, integer, pointer, pointer, integer, integer, integer, number, count]
     found.output_backward.argtypes = [*[pointer] * 7, integer, *[pointer] * 3, integer, integer, integer, number, number, count]
     found.input_backward.argtypes = [*[pointer] * 6, integer, integer, integer, count]
-    found.norm.argtypes = [*[pointer] * 7, integer, integer, integer, number, count]
+    found.norm.argtypes = [*[pointer] * 6, integer, integer, integer, number, count]
     found.fingerprint.argtypes = [pointer, integer]
     found.fingerprint.restype = ctypes.c_uint64
     for function in (found.draw, found.down, found.update, found.output_backward, found.input_backward, found.norm):
@@ -236,10 +238,8 @@ def norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, ma
     assert weight.is_contiguous()
     a, b, squares = a.detach().contiguous(), b.detach().contiguous(), squares.float().contiguous()
     magnitude = None if magnitude is None else magnitude.detach().float().contiguous()
-    gram, found = a @ a.T, b.new_empty(b.shape[0])
-    _kernels().norm(
-        _at(weight), _at(squares), _at(a), _at(b), _at(gram), _at(magnitude), _at(found), *weight.shape, a.shape[0], scale, torch.get_num_threads()
-    )  # fmt: skip
+    found = b.new_empty(b.shape[0])
+    _kernels().norm(_at(weight), _at(squares), _at(a), _at(b), _at(magnitude), _at(found), *weight.shape, a.shape[0], scale, torch.get_num_threads())
     return found
 
 

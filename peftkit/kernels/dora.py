@@ -24,7 +24,7 @@ _CACHED_ROWS = 256
 
 
 class Gain(NamedTuple):
-    """What a CPU scales the columns of y by: g = m / n (out,), or g - 1 in the dtype of y where that is exact enough and no kernel of `cpu_bf16` took the norm."""
+    """What a CPU scales the columns of y by: g = m / n (out,), or g - 1 in the dtype of y, for plain torch, where that is exact enough."""
 
     factor: Tensor
     excess: bool

@@ -76,9 +76,7 @@ def _add_gradient_of_input_(grad_x: Tensor, grad_h: Tensor, low_a: Tensor, dropo
         grad_x.view(-1).index_copy_(0, dropout.places, dropped)  # `put_` is no deterministic algorithm to torch
 
 
-def _input_gradients(
-    factors: Sequence[Tensor], grad_h: Tensor, x: Tensor, grad_x: Tensor | None, dropout: Dropout, need_a: bool
-) -> tuple[Tensor | None, ...]:
+def _input_gradients(factors: Sequence[Tensor], grad_h: Tensor, x: Tensor, grad_x: Tensor | None, dropout: Dropout, need_a: bool) -> tuple[Tensor | None, ...]:
     """dA of every A, if needed, from dh (tokens, sum of r) and x (tokens, in); d(dh A) is added to the contiguous dx, if there is one."""
     found: tuple[Tensor | None, ...] = (None,) * len(factors)
     if dropout.by_kernel and cpu_bf16.serves(x, grad_h.shape[1], 0, factors[0].dtype):
@@ -183,9 +181,9 @@ def _output(
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
     if h is None:
         assert a is not None
-        few = few and flat.shape[0] <= FEW and flat.dtype.itemsize == 2 and a.dtype == torch.float32
+        few = few and len(flat) <= FEW and flat.dtype.itemsize == 2 and a.dtype == torch.float32
         h, kept = _multiply(flat.float() if few else flat, [a], around.dropout, around.seed, around.training)
-    y = around.frozen(flat)  # (tokens, out)
+    y = around.frozen(flat.detach())  # (tokens, out); what follows modules, as FlopCounterMode does, would look for the gradient of x in vain
     if magnitude is not None and around.norm is not None:
         norm = around.norm()  # after the product with W, which leaves W in the cache
         compose_(y, h, b, around.scale, magnitude, norm, bias)

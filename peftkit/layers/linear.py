@@ -300,8 +300,9 @@ class LoRALinear(AdapterLayer):
 
 
 def _needs_autograd(base: Any) -> bool:
-    """Whether the fused nodes cannot serve: under torch.compile and torch.func, where the base weight trains itself, or a call of it is more than a product."""
-    return torch.compiler.is_compiling() or base.weight.requires_grad or torch._C._are_functorch_transforms_active() or not is_bare(base)
+    """Whether the fused nodes cannot serve: under torch.compile, jit.trace and torch.func, where the base weight trains itself, or does more than a product."""
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    return transformed or base.weight.requires_grad or not is_bare(base)
 
 
 class _Taken(NamedTuple):

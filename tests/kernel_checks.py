@@ -167,6 +167,8 @@ def check_dropout(device: str, dtype: torch.dtype, size: int, p: float = 0.3) ->
     added = drop.add_to_(y.clone(), ones * 3)
     close(added, y.double() + 3 * dropped.double(), dtype, size=3.0)
     assert torch.equal(added[dropped == 0], y[dropped == 0])
+    together = y.clone()
+    assert torch.equal(drop.of_both(ones, together, ones * 3), dropped) and torch.equal(together, added), "both at once"
     zeros = (dropped == 0).double()
     if size > 1000:
         for shift in (1, 2, 1024, 2048, 4096):  # neighbours, and what one draw of Philox gives

@@ -58,4 +58,5 @@ def test_every_kernel_compiles(capability, dtype, r, monkeypatch, tmp_path):
     memory = triton_dora.norm_memory(layer.weight, r)
     triton_dora.dora_norm(layer.weight, layer.squares, layer.a, layer.b, 2.0, memory)
     triton_dropout.drop(layer.y, 0.1, 2**61 + 5)
+    triton_dropout.drop_and_add_(layer.y, layer.y.clone(), layer.y, 0.1, 2**61 + 5)
     assert driver.compiled == {"_compose", "_compose_backward", "_finish", "_survey", "_norm", "_drop"}

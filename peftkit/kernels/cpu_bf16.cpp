@@ -401,8 +401,10 @@ void output_backward(
     }
 }
 
-// da (r, k) = dh^T d(x) and dx (m, k) += d(dh A), each unless its pointer is null.
-void input_backward(const bf16* x, const bf16* dh, const float* a, bf16* dx, float* da, const uint32_t* kept, i64 m, i64 k, i64 r, int threads) {
+// da (r, k) = scale dh^T d(x) and dx (m, k) += scale d(dh A), each unless its pointer is null.
+void input_backward(
+    const bf16* x, const bf16* dh, const float* a, bf16* dx, float* da, const uint32_t* kept, i64 m, i64 k, i64 r, float scale, int threads
+) {
     const i64 width = round_up(r, LANES), pairs = (r + 1) / 2, blocks = k / LANES, each = width * k;
     const i64 packed_bytes = round_up(dx == nullptr ? 0 : k * pairs * sizeof(uint32_t), 64);
     char* memory = for_all.of(packed_bytes + (da == nullptr ? 0 : threads * each * sizeof(float)));
@@ -435,13 +437,14 @@ void input_backward(const bf16* x, const bf16* dh, const float* a, bf16* dx, flo
                 for (i64 i = 0; i < rows; i += ROWS) {
                     const i64 some = std::min(ROWS, rows - i);
                     pad(dh + (t + i) * r, r, some, r, padded, 2 * pairs);
-                    add_product<false>(dx + (t + i) * k, k, some, padded, packed, pairs, 1, nullptr, kept == nullptr ? nullptr : some_kept + i * k / 32);
+                    add_product<false>(dx + (t + i) * k, k, some, padded, packed, pairs, scale, nullptr, kept == nullptr ? nullptr : some_kept + i * k / 32);
                 }
         }
 #pragma omp barrier
         Share part(k, LANES);
         for (i64 j = 0; da != nullptr && j < r; j++)
-            for (i64 column = part.from; column < part.to; column += LANES) _mm512_storeu_ps(da + j * k + column, total(sums + j * k + column, each));
+            for (i64 column = part.from; column < part.to; column += LANES)
+                _mm512_storeu_ps(da + j * k + column, _mm512_mul_ps(total(sums + j * k + column, each), _mm512_set1_ps(scale)));
     }
 }
 

@@ -145,7 +145,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.down.argtypes = [*[pointer] * 4, integer, integer, integer, number, count]
     found.update.argtypes = [pointer, pointer, integer, pointer, pointer, integer, integer, integer, number, count]
     found.output_backward.argtypes = [*[pointer] * 7, integer, *[pointer] * 3, integer, integer, integer, number, number, count]
-    found.input_backward.argtypes = [*[pointer] * 6, integer, integer, integer, count]
+    found.input_backward.argtypes = [*[pointer] * 6, integer, integer, integer, number, count]
     found.norm.argtypes = [*[pointer] * 6, integer, integer, integer, number, count]
     found.fingerprint.argtypes = [pointer, integer]
     found.fingerprint.restype = ctypes.c_uint64
@@ -224,12 +224,12 @@ def output_backward(
     return scaled, grad_h, grad_b, grad_m
 
 
-def input_backward(x: Tensor, grad_h: Tensor, a: Tensor, kept: Tensor | None, grad_x: Tensor | None, *, need_a: bool) -> Tensor | None:
-    """dA = dh^T d(x) (r, in) in fp32, if needed; a contiguous dx (tokens, in) <- dx + d(dh A), in place, if there is one."""
+def input_backward(x: Tensor, grad_h: Tensor, a: Tensor, kept: Tensor | None, grad_x: Tensor | None, scale: float, *, need_a: bool) -> Tensor | None:
+    """dA = scale dh^T d(x) (r, in) in fp32, if needed; a contiguous dx (tokens, in) <- dx + scale d(dh A), in place, if there is one."""
     assert grad_x is None or grad_x.is_contiguous()
     x, grad_h, a = x.contiguous(), grad_h.contiguous(), a.detach().contiguous()
     grad_a = torch.empty_like(a) if need_a else None
-    _kernels().input_backward(_at(x), _at(grad_h), _at(a), _at(grad_x), _at(grad_a), _at(kept), *x.shape, a.shape[0], torch.get_num_threads())
+    _kernels().input_backward(_at(x), _at(grad_h), _at(a), _at(grad_x), _at(grad_a), _at(kept), *x.shape, a.shape[0], scale, torch.get_num_threads())
     return grad_a
 
 

@@ -77,7 +77,9 @@ class Dropout(NamedTuple):
         if self.places is not None:
             x.view(-1).index_fill_(0, self.places, 0)
         elif self._by_triton(x):
-            self._drop(x, out=x)
+            from peftkit.kernels import triton_dropout
+
+            triton_dropout.drop(x, self.p, self.seed, out=x)
         elif self.p:
             generator = torch.Generator(x.device).manual_seed(self.seed)
             x.mul_(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=generator))
@@ -86,20 +88,30 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """x with the dropped elements zero: a new contiguous tensor, or x itself where nothing is dropped."""
         if self._by_triton(x):
-            return self._drop(x.contiguous())
+            from peftkit.kernels import triton_dropout
+
+            return triton_dropout.drop(x.contiguous(), self.p, self.seed)
         return self.zero_(x.clone(memory_format=torch.contiguous_format)) if self.p else x
 
-    def add_to_(self, y: Tensor, x: Tensor) -> Tensor:
-        """y <- y + d(x), in place, for a contiguous y like x, which is used up."""
-        return self._drop(x, out=y, add=True) if self._by_triton(x) else y.add_(self.zero_(x))
+    def add_to_(self, y: Tensor, update: Tensor) -> Tensor:
+        """y <- y + d(update), in place, for a contiguous y like the update, which is used up."""
+        if self._by_triton(update):
+            from peftkit.kernels import triton_dropout
+
+            return triton_dropout.add_(y, update, self.p, self.seed)
+        return y.add_(self.zero_(update))
+
+    def of_both(self, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        """d(x), and y <- y + d(update) in place, for a contiguous y like x and the update, which is used up."""
+        if self._by_triton(x):
+            from peftkit.kernels import triton_dropout
+
+            return triton_dropout.drop_and_add_(x.contiguous(), y, update, self.p, self.seed)
+        self.add_to_(y, update)
+        return self(x)
 
     def _by_triton(self, x: Tensor) -> bool:
         return bool(self.p) and self.places is None and triton_serves(x, 1)
-
-    def _drop(self, x: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-        from peftkit.kernels import triton_dropout
-
-        return triton_dropout.drop(x, self.p, self.seed, out, add)
 
 
 def draw_seed(dropout: float) -> int:

@@ -31,7 +31,8 @@ using Sums = __m512[ROWS][2];
 
 i64 round_up(i64 count, i64 unit) { return (count + unit - 1) / unit * unit; }
 
-// Memory that a thread keeps from call to call: fresh pages would cost more than what is done with them.
+// Memory that a thread keeps from call to call: fresh pages would cost more than what is done with them. `for_team` is that of the
+// thread that calls, which its team shares through a pointer; `for_one` is each thread's own.
 struct Scratch {
     char* data = nullptr;
     i64 size = 0;
@@ -46,7 +47,7 @@ struct Scratch {
     }
     ~Scratch() { free(data); }
 };
-thread_local Scratch for_all, for_one;
+thread_local Scratch for_team, for_one;
 
 // The part [from, to) of `count` that falls to the calling thread, in whole units.
 struct Share {
@@ -289,10 +290,16 @@ void draw(uint32_t* kept, i64 words, uint64_t seed, uint32_t dropped, int thread
     }
 }
 
+// d(x) of words x 32 numbers; `out` may be x.
+void drop_all(const bf16* x, const uint32_t* kept, bf16* out, i64 words, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 i = 0; i < words; i++) _mm512_storeu_si512(out + 32 * i, _mm512_maskz_loadu_epi16(kept[i], x + 32 * i));
+}
+
 // h (m, r) = scale d(x) A^T.
 void down(const bf16* x, const float* a, bf16* h, const uint32_t* kept, i64 m, i64 k, i64 r, float scale, int threads) {
     const i64 blocks = (r + LANES - 1) / LANES, pairs = k / 2;
-    uint32_t* packed = reinterpret_cast<uint32_t*>(for_all.of(blocks * LANES * k * sizeof(bf16)));
+    uint32_t* packed = reinterpret_cast<uint32_t*>(for_team.of(blocks * LANES * k * sizeof(bf16)));
 #pragma omp parallel num_threads(threads)
     {
         Share part(pairs, 8);
@@ -312,7 +319,7 @@ void down(const bf16* x, const float* a, bf16* h, const uint32_t* kept, i64 m, i
 // y (m, n) <- gain * (y + scale h B^T); rows of h lie `stride` apart; gain (n) may be null.
 void update(bf16* y, const bf16* h, i64 stride, const float* b, const float* gain, i64 m, i64 n, i64 r, float scale, int threads) {
     const i64 pairs = (r + 1) / 2, blocks = n / LANES;
-    uint32_t* packed = reinterpret_cast<uint32_t*>(for_all.of(n * pairs * sizeof(uint32_t)));
+    uint32_t* packed = reinterpret_cast<uint32_t*>(for_team.of(n * pairs * sizeof(uint32_t)));
 #pragma omp parallel num_threads(threads)
     {
         Share part(blocks, 1);
@@ -337,8 +344,9 @@ void output_backward(
     bf16* dh, float* db, i64 m, i64 n, i64 r, float scale, float scale_h, int threads
 ) {
     const i64 blocks = (r + LANES - 1) / LANES, width = blocks * LANES, pairs = n / 2;
-    const i64 packed_bytes = dh == nullptr ? 0 : width * n * sizeof(bf16), each = (db == nullptr ? 0 : width * n) + (dm == nullptr ? 0 : n);
-    char* memory = for_all.of(packed_bytes + threads * each * sizeof(float));
+    const i64 packed_bytes = dh == nullptr ? 0 : width * n * sizeof(bf16), for_b = db == nullptr ? 0 : width * n;
+    const i64 each = for_b + (dm == nullptr ? 0 : n);
+    char* memory = for_team.of(packed_bytes + threads * each * sizeof(float));
     uint32_t* packed = reinterpret_cast<uint32_t*>(memory);
     float* sums = reinterpret_cast<float*>(memory + packed_bytes);
     const bf16* factor = gain == nullptr ? g : scaled;
@@ -353,7 +361,7 @@ void output_backward(
         char* own = for_one.of(left_bytes + ROWS * (n + PADDING) * sizeof(bf16));
         uint32_t* left = reinterpret_cast<uint32_t*>(own);
         bf16* copy = reinterpret_cast<bf16*>(own + left_bytes);
-        float *sum_b = sums + omp_get_thread_num() * each, *sum_m = sum_b + (each - n);
+        float *sum_b = sums + omp_get_thread_num() * each, *sum_m = sum_b + for_b;
         Share mine(m, BLOCK);
         if (mine.from == mine.to) std::memset(sum_b, 0, each * sizeof(float));
         else if (dm != nullptr) std::memset(sum_m, 0, n * sizeof(float));
@@ -388,9 +396,9 @@ void output_backward(
         Share part(n, LANES);
         for (i64 column = part.from; column < part.to; column += LANES) {
             if (dm != nullptr) {  // a row of magnitude 0 gives no signal
-                const __m512 m = _mm512_loadu_ps(magnitude + column);
-                const __mmask16 there = _mm512_cmp_ps_mask(m, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-                _mm512_storeu_ps(dm + column, _mm512_maskz_div_ps(there, total(sums + (each - n) + column, each), m));
+                const __m512 divisor = _mm512_loadu_ps(magnitude + column);
+                const __mmask16 there = _mm512_cmp_ps_mask(divisor, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+                _mm512_storeu_ps(dm + column, _mm512_maskz_div_ps(there, total(sums + for_b + column, each), divisor));
             }
             for (i64 j = 0; db != nullptr && j < r; j++) {
                 alignas(64) float some[LANES];
@@ -407,7 +415,7 @@ void input_backward(
 ) {
     const i64 width = round_up(r, LANES), pairs = (r + 1) / 2, blocks = k / LANES, each = width * k;
     const i64 packed_bytes = round_up(dx == nullptr ? 0 : k * pairs * sizeof(uint32_t), 64);
-    char* memory = for_all.of(packed_bytes + (da == nullptr ? 0 : threads * each * sizeof(float)));
+    char* memory = for_team.of(packed_bytes + (da == nullptr ? 0 : threads * each * sizeof(float)));
     uint32_t* packed = reinterpret_cast<uint32_t*>(memory);
     float* sums = reinterpret_cast<float*>(memory + packed_bytes);
 #pragma omp parallel num_threads(threads)
@@ -453,7 +461,7 @@ void norm(
     const bf16* w, const float* squares, const float* a, const float* b, const float* magnitude, float* found, i64 n, i64 k, i64 r, float s, int threads
 ) {
     const i64 blocks = (r + LANES - 1) / LANES, pairs = k / 2, packed_bytes = blocks * LANES * k * sizeof(bf16);
-    char* memory = for_all.of(packed_bytes + r * r * sizeof(float));
+    char* memory = for_team.of(packed_bytes + r * r * sizeof(float));
     uint32_t* packed = reinterpret_cast<uint32_t*>(memory);
     float* gram = reinterpret_cast<float*>(memory + packed_bytes);  // A A^T (r, r)
 #pragma omp parallel num_threads(threads)

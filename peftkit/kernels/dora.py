@@ -42,13 +42,14 @@ def column_gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Gain:
 
 def dora_gain(magnitude: Tensor, weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Gain:
     """The `column_gain` of m and the `dora_norm` of W + s B A, for a y in the dtype of W (out, in)."""
-    if _by_kernel(weight, a):
+    if _by_kernel(weight, a, b) and magnitude.dtype == torch.float32:
         return Gain(cpu_bf16.norm(weight, squares, a, b, scale, magnitude), False)
     return column_gain(magnitude, dora_norm(weight, squares, a, b, scale), weight.dtype)
 
 
-def _by_kernel(weight: Tensor, a: Tensor) -> bool:
-    return weight.is_contiguous() and cpu_bf16.serves(weight, a.shape[0], weight.shape[0], a.dtype)
+def _by_kernel(weight: Tensor, a: Tensor, b: Tensor) -> bool:
+    fits = weight.is_contiguous() and weight.shape[0] % 32 == 0 and b.shape == (weight.shape[0], a.shape[0])
+    return fits and b.dtype == a.dtype and cpu_bf16.serves(weight, a=[a])
 
 
 def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor | Gain, bias: Tensor | None) -> Tensor:
@@ -62,7 +63,7 @@ def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, n
         with torch.cuda.device_of(y):
             return triton_dora.compose_(y, h, b, scale, magnitude, norm, bias)
     gain = _gain(magnitude, norm, y)
-    if not gain.excess and h.dtype == y.dtype and y.is_contiguous() and cpu_bf16.serves(y, b.shape[1], 0, b.dtype):
+    if not gain.excess and y.is_contiguous() and cpu_bf16.serves(y, b=b, h=h, magnitude=gain.factor):
         cpu_bf16.update_(y, h, b, scale, gain.factor)
     else:
         add_update_(y, h, b, scale)
@@ -144,7 +145,7 @@ def dora_norm(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: floa
         with torch.cuda.device_of(weight):
             return triton_dora.dora_norm(weight, squares, a, b, scale, memory)
     with torch.autocast(weight.device.type, enabled=False):
-        if _by_kernel(weight, a):
+        if _by_kernel(weight, a, b):
             return cpu_bf16.norm(weight, squares, a, b, scale)
         narrow = a.to(weight.dtype)
         wide = torch.float64 if weight.dtype.itemsize > 2 else torch.promote_types(a.dtype, torch.float32)

@@ -46,13 +46,15 @@ class Dropout(NamedTuple):
     """As `cpu_bf16.dropout_mask` makes it, for its kernels."""
 
     @classmethod
-    def of(cls, x: Tensor, p: float, seed: int, kept: Tensor | None = None, as_mask: bool = False) -> Dropout:
+    def of(cls, x: Tensor, p: float, seed: int, kept: Tensor | None = None) -> Dropout:
         """Of a tensor like `x`; `kept` is what `to_keep` gave for the same seed."""
         if not p or x.device.type != "cpu":
             return cls(p, seed, None)
-        if kept is None:
-            return cls(p, seed, None, cpu_bf16.dropout_mask(x.numel(), p, seed)) if as_mask else cls(p, seed, zeroed_places(x.numel(), p, seed))
-        return cls(p, seed, None, kept) if kept.dtype == torch.uint8 else cls(p, seed, kept.to(torch.int64))
+        if kept is not None:
+            return cls(p, seed, None, kept) if kept.dtype == torch.uint8 else cls(p, seed, kept.to(torch.int64))
+        if cpu_bf16.draws(x):
+            return cls(p, seed, None, cpu_bf16.dropout_mask(x.numel(), p, seed))
+        return cls(p, seed, zeroed_places(x.numel(), p, seed))
 
     @property
     def by_kernel(self) -> bool:
@@ -74,6 +76,10 @@ class Dropout(NamedTuple):
 
     def zero_(self, x: Tensor) -> Tensor:
         """Zeroes the dropped elements of the contiguous `x` in place."""
+        if self.mask is not None:
+            if cpu_bf16.memory_is_ours(x):
+                return cpu_bf16.dropped(x, self.mask, out=x)
+            return self.without_mask().zero_(x)
         if self.places is not None:
             x.view(-1).index_fill_(0, self.places, 0)
         elif self._by_triton(x):

@@ -48,10 +48,9 @@ def _multiply(flat: Tensor, factors: Sequence[Tensor], p: float, seed: int, trai
 
     Evaluation sums in torch's order, so that its outputs are peft's to the bit.
     """
-    by_kernel = training and cpu_bf16.serves(flat, sum(a.shape[0] for a in factors), 0, factors[0].dtype)
-    dropout = Dropout.of(flat, p, seed, as_mask=by_kernel)
-    if by_kernel:
-        return cpu_bf16.down(flat, _stacked(factors, torch.float32), 1 / (1 - p), dropout.mask), dropout.mask
+    dropout = Dropout.of(flat, p, seed)
+    if training and dropout.by_kernel and cpu_bf16.serves(flat, a=factors):
+        return cpu_bf16.down(flat, _stacked(factors, torch.float32), 1 / (1 - p), dropout.mask), dropout.to_keep()
     return _product(dropout(flat), _stacked(factors, flat.dtype).T, 1 / (1 - p)), dropout.to_keep()
 
 
@@ -62,7 +61,7 @@ def _input_gradients(
 
     scale d(dh A) is added to the contiguous dx (tokens, in), if there is one.
     """
-    if dropout.by_kernel and cpu_bf16.serves(x, grad_h.shape[1], 0, factors[0].dtype):
+    if dropout.by_kernel and cpu_bf16.serves(x, a=factors, h=grad_h):
         together = cpu_bf16.input_backward(x, grad_h, _stacked(factors, torch.float32), dropout.mask, grad_x, scale, need_a=need_a)
     else:
         together = _plain_input_gradients(factors, grad_h, x, grad_x, dropout.without_mask(), scale, need_a)
@@ -187,7 +186,7 @@ def _output(
     if magnitude is not None and around.norm is not None:
         norm = around.norm()  # after the product with W, which leaves W in the cache
         compose_(y, h, b, around.scale, magnitude, norm, bias)
-    elif around.training and h.dtype == y.dtype and y.is_contiguous() and cpu_bf16.serves(y, b.shape[1], 0, b.dtype):
+    elif around.training and y.is_contiguous() and cpu_bf16.serves(y, b=b, h=h):
         cpu_bf16.update_(y, h, b, around.scale)
     elif around.training or h.dtype != y.dtype:
         add_update_(y, h, b, around.scale)
@@ -241,12 +240,14 @@ class _Linear(torch.autograd.Function):
                 y = compose_(x.reshape(-1, x.shape[-1]) @ weight(x.dtype).T, h, b, scale, magnitude, ctx.norm, bias)
             y = y.reshape(grad.shape)
         need_grad_h, scale_h = need_h or need_a or (need_x and a is not None), scale / (1 - dropout)
-        if (magnitude is None or (isinstance(ctx.norm, Gain) and not ctx.norm.excess and bias is None)) and cpu_bf16.serves(grad, b.shape[1], 0, b.dtype):
+        gain = ctx.norm.factor if isinstance(ctx.norm, Gain) and not ctx.norm.excess else None
+        of_dora = magnitude is None or (gain is not None and bias is None)
+        if of_dora and cpu_bf16.serves(grad, b=b, h=h, magnitude=magnitude):
             if need_bias and bias is not None:
                 grad_bias = sum_of_rows(grad, bias.dtype)
             grad, grad_h, grad_b, grad_magnitude = cpu_bf16.output_backward(
                 grad, h, b, scale, scale_h, need_h=need_grad_h, need_b=need_b,
-                y=y if need_magnitude else None, magnitude=magnitude, gain=None if magnitude is None else ctx.norm.factor,
+                y=y if need_magnitude else None, magnitude=magnitude, gain=gain,
             )  # fmt: skip
         else:
             if magnitude is not None:
@@ -322,7 +323,7 @@ def fingerprint(*tensors: Tensor) -> tuple[float, ...]:
     found: list[float] = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        if flat.device.type == "cpu" and cpu_bf16.sees(flat):
+        if flat.device.type == "cpu" and cpu_bf16.memory_is_ours(flat):
             found.append(cpu_bf16.fingerprint(flat))
             continue
         count, size = flat.numel(), flat.element_size()

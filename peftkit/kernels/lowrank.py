@@ -197,6 +197,31 @@ def _output(
     return y, h, kept, norm
 
 
+def _output_gradients(
+    grad: Tensor, y: Tensor | None, h: Tensor, b: Tensor, scale: float, scale_h: float, magnitude: Tensor | None, norm: Tensor | Gain | None,
+    bias: Tensor | None, *, need_h: bool, need_b: bool, need_magnitude: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(G', dh, dB, dm, db) from G = dL/dy (tokens, out), each if needed: dh = scale_h G' B, dB = scale G'^T h, and G' = G g for DoRA, else G."""
+    gain = norm.factor if isinstance(norm, Gain) and not norm.excess else None
+    takes = magnitude is None or (gain is not None and bias is None)
+    by_kernel = takes and cpu_bf16.serves(grad, b=b, h=h, magnitude=magnitude)
+    grad_h = grad_b = grad_magnitude = grad_bias = None
+    if magnitude is None and need_bias and bias is not None:
+        grad_bias = sum_of_rows(grad, bias.dtype)
+    if by_kernel:
+        of_y = y if need_magnitude else None
+        of_kernel = cpu_bf16.output_backward(grad, h, b, scale, scale_h, need_h=need_h, need_b=need_b, y=of_y, magnitude=magnitude, gain=gain)
+        return *of_kernel, grad_bias
+    if magnitude is not None:
+        assert norm is not None
+        grad, grad_magnitude, grad_bias = compose_backward(grad, y, magnitude, norm, bias, need_magnitude=need_magnitude, need_bias=need_bias)
+    if need_b:
+        grad_b = (grad.T @ h).to(b.dtype).mul_(scale)  # (out, r); scaled where fp16 can neither overflow nor vanish
+    if need_h:
+        grad_h = _product(grad, b.to(grad.dtype), scale_h)  # (tokens, r)
+    return grad, grad_h, grad_b, grad_magnitude, grad_bias
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -231,45 +256,26 @@ class _Linear(torch.autograd.Function):
         need_x, need_h, need_a, need_b, need_magnitude, need_bias, _ = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x: Any = None
-        grad_h: Any = None
-        grad_a = grad_b = grad_magnitude = grad_bias = None
+        grad_a = of_bias = None
         if magnitude is not None:
             if ctx.apart:
-                grad_bias, bias = sum_of_rows(grad, bias.dtype) if need_bias else None, None
+                of_bias, bias = sum_of_rows(grad, bias.dtype) if need_bias else None, None
             elif need_magnitude and ctx.counter._version != ctx.written:  # as Falcon does, which adds the attention's output to the MLP's in place: y is lost
                 y = compose_(x.reshape(-1, x.shape[-1]) @ weight(x.dtype).T, h, b, scale, magnitude, ctx.norm, bias)
             y = y.reshape(grad.shape)
-        need_grad_h, scale_h = need_h or need_a or (need_x and a is not None), scale / (1 - dropout)
-        gain = ctx.norm.factor if isinstance(ctx.norm, Gain) and not ctx.norm.excess else None
-        of_dora = magnitude is None or (gain is not None and bias is None)
-        if of_dora and cpu_bf16.serves(grad, b=b, h=h, magnitude=magnitude):
-            if need_bias and bias is not None:
-                grad_bias = sum_of_rows(grad, bias.dtype)
-            grad, grad_h, grad_b, grad_magnitude = cpu_bf16.output_backward(
-                grad, h, b, scale, scale_h, need_h=need_grad_h, need_b=need_b,
-                y=y if need_magnitude else None, magnitude=magnitude, gain=gain,
-            )  # fmt: skip
-        else:
-            if magnitude is not None:
-                grad, grad_magnitude, of_bias = compose_backward(
-                    grad, y, magnitude, ctx.norm, bias, need_magnitude=need_magnitude, need_bias=need_bias and not ctx.apart
-                )
-                grad_bias = of_bias if of_bias is not None else grad_bias
-            elif need_bias:
-                grad_bias = sum_of_rows(grad, bias.dtype)
-            if need_b:
-                grad_b = (grad.T @ h).to(b.dtype).mul_(scale)  # (out, r); scaled where fp16 can neither overflow nor vanish
-            if need_grad_h:
-                grad_h = _product(grad, b.to(grad.dtype), scale_h)  # (tokens, r)
+        grad, grad_h, grad_b, grad_magnitude, grad_bias = _output_gradients(
+            grad, y, h, b, scale, scale / (1 - dropout), magnitude, ctx.norm, bias, need_h=need_h or need_a or (need_x and a is not None), need_b=need_b,
+            need_magnitude=need_magnitude, need_bias=need_bias and bias is not None,
+        )  # fmt: skip
         if need_x:
             grad_x = grad @ weight(grad.dtype)  # (tokens, in)
-        if a is not None and (need_a or need_x):
+        if a is not None and grad_h is not None and (need_a or need_x):
             flat = x.reshape(-1, x.shape[-1])
             drop = Dropout.of(flat, dropout, seed, kept)
             (grad_a,) = _input_gradients([a], grad_h, flat, grad_x, drop, 1, need_a)  # dh holds the 1 / (1 - p) of the dropout
         if need_x and len(ctx.shape) != 2:
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_h if need_h else None, grad_a, grad_b, grad_magnitude, grad_bias, None
+        return grad_x, grad_h if need_h else None, grad_a, grad_b, grad_magnitude, of_bias if ctx.apart else grad_bias, None
 
 
 def linear(

@@ -643,7 +643,7 @@ def test_nowhere_to_compile_is_plain_torch(tmp_path):
 
 @needs_kernels
 def test_the_first_use_may_be_where_tensors_are_made_elsewhere(tmp_path):
-    done = run(STEP.replace('layers["up"].train()', 'x = torch.ones(40, 64, dtype=torch.bfloat16)\ntorch.set_default_device("meta")\nlayers["up"].train()', 1)
+    done = run(STEP.replace("r=4", "r=4, dropout=0.1").replace('layers["up"].train()', 'x = torch.ones(40, 64, dtype=torch.bfloat16)\ntorch.set_default_device("meta")\nlayers["up"].train()', 1)
         .replace("(torch.ones(40, 64, dtype=torch.bfloat16))", "(x)", 1), XDG_CACHE_HOME=str(tmp_path))  # fmt: skip
     assert done.stdout.split() == ["used", "True"], done.stderr
 

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
@@ -20,6 +21,7 @@ import peftkit as pk
 from peftkit.kernels import Gain, dora_gain, fingerprint
 from peftkit.kernels.dora import column_gain, scale_columns
 from peftkit.layers import LoRALinear, SharedInput, adapter_layers, dense_weight, is_linear, row_squares, trainable_parameters
+from peftkit.layers.linear import _Last
 
 METHODS = {"lora": pk.LoRA, "dora": pk.DoRA}
 
@@ -87,8 +89,30 @@ def test_the_shared_input_keeps_nothing_after_its_layers_ran():
     x = tokens(3, 16).requires_grad_()
     model(x)
     shared = model.q_proj.shared
-    assert isinstance(shared, SharedInput) and shared is model.k_proj.shared and SharedInput.taken is None
+    assert isinstance(shared, SharedInput) and shared is model.k_proj.shared and _Last.here().taken is None
     assert model.o_proj.shared is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_that_train_at_once_share_nothing(method):
+    def losses(model: nn.Module, found: list[float]) -> None:
+        x, optimizer = tokens(2, 5, 16), torch.optim.SGD([p for _, _, p in trainable_parameters(model)], lr=0.1)
+        for _ in range(20):
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            found.append(loss.item())
+
+    models = [adapted(method) for _ in range(5)]
+    alone: list[float] = []
+    losses(models.pop(), alone)
+    results: list[list[float]] = [[] for _ in models]
+    threads = [threading.Thread(target=losses, args=pair) for pair in zip(models, results, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found == alone for found in results)
 
 
 def test_a_shared_product_is_never_taken_for_another_input_or_other_factors():

@@ -42,14 +42,16 @@ def column_gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Gain:
 
 def dora_gain(magnitude: Tensor, weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Gain:
     """The `column_gain` of m and the `dora_norm` of W + s B A, for a y in the dtype of W (out, in)."""
-    if _by_kernel(weight, a, b) and magnitude.dtype == torch.float32:
+    if _by_kernel(weight, a, b, magnitude):
         return Gain(cpu_bf16.norm(weight, squares, a, b, scale, magnitude), False)
     return column_gain(magnitude, dora_norm(weight, squares, a, b, scale), weight.dtype)
 
 
-def _by_kernel(weight: Tensor, a: Tensor, b: Tensor) -> bool:
-    fits = weight.is_contiguous() and weight.shape[0] % 32 == 0 and b.shape == (weight.shape[0], a.shape[0])
-    return fits and b.dtype == a.dtype and cpu_bf16.serves(weight, a=[a])
+def _by_kernel(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None = None) -> bool:
+    outputs = weight.shape[:1]
+    fits = b.dtype == a.dtype and b.shape == (*outputs, a.shape[0]) and outputs[0] % 32 == 0 and weight.is_contiguous()
+    fits = fits and (magnitude is None or (magnitude.dtype == a.dtype and magnitude.shape == outputs and magnitude.device == a.device))
+    return fits and b.device == a.device and cpu_bf16.serves(weight, a=[a])
 
 
 def compose_(y: Tensor, h: Tensor, b: Tensor, scale: float, magnitude: Tensor, norm: Tensor | Gain, bias: Tensor | None) -> Tensor:

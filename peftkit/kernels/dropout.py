@@ -24,11 +24,11 @@ def zeroed_places(count: int, p: float, seed: int) -> Tensor:
 
     The gaps between them are drawn (they are geometric): p * count random numbers instead of count.
     """
-    generator = torch.Generator().manual_seed(seed)
-    end, found = 0, [torch.empty(0, dtype=torch.int64)]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    end, found = 0, [torch.empty(0, dtype=torch.int64, device="cpu")]
     while end < count:
         expected = (count - end) * p
-        u = torch.rand(int(expected + 4 * math.sqrt(expected)) + 8, generator=generator, dtype=torch.float64 if p < 1e-4 else torch.float32)
+        u = torch.rand(int(expected + 4 * math.sqrt(expected)) + 8, generator=generator, device="cpu", dtype=torch.float64 if p < 1e-4 else torch.float32)
         gaps = u.neg_().log1p_().mul_(1 / math.log1p(-p)).clamp_(max=count).to(torch.int64).add_(1)  # each at least 1
         position = gaps.cumsum_(0).add_(end - 1)
         found.append(position[: int(torch.searchsorted(position, count))])
@@ -122,4 +122,4 @@ class Dropout(NamedTuple):
 
 def draw_seed(dropout: float) -> int:
     """A seed for one dropout mask, drawn from torch's generator where there is dropout."""
-    return int(torch.randint(2**62, ())) if dropout else 0
+    return int(torch.randint(2**62, (), device="cpu")) if dropout else 0

@@ -346,12 +346,12 @@ def fingerprint(*tensors: Tensor) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _odd_numbers(count: int) -> Tensor:
-    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(count)).mul_(2).add_(1)
+    return torch.randint(2**62, (count,), generator=torch.Generator("cpu").manual_seed(count), device="cpu").mul_(2).add_(1)
 
 
 @functools.lru_cache(maxsize=64)
 def _random_numbers(count: int, dtype: torch.dtype) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=dtype).add_(0.5)
+    return torch.rand(count, generator=torch.Generator("cpu").manual_seed(count), dtype=dtype, device="cpu").add_(0.5)
 
 
 def forget_constants() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -315,6 +316,24 @@ class _Taken(NamedTuple):
     """By layer: the state of its A and h."""
 
 
+class _Last:
+    """What one thread has taken last. What a forward that broke off has left goes with the next one."""
+
+    threads: ClassVar[threading.local] = threading.local()
+    taken: _Taken | None = None
+
+    @classmethod
+    def here(cls) -> _Last:
+        """That of the calling thread."""
+        found = getattr(cls.threads, "last", None)
+        if found is None:
+            found = cls.threads.last = cls()
+        return found
+
+    def forget(self) -> None:
+        self.taken = None
+
+
 class SharedInput:
     """Layers that are given the same tensor (q, k, v; gate, up): their A's are multiplied with it in one product.
 
@@ -322,35 +341,30 @@ class SharedInput:
     with the same tensor. Layers that turn out to be given another one cost a product that is not used, no more.
     """
 
-    taken: ClassVar[_Taken | None] = None  # one in the process: what a forward that broke off has left goes with the next one
-
     def __init__(self, layers: Sequence[LoRALinear]):
         self.layers = list(layers)
 
-    @staticmethod
-    def forget() -> None:
-        SharedInput.taken = None
-
     def take(self, layer: LoRALinear, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(x to go on with, h (tokens, r)) for one of the layers, x in `dtype`."""
-        taken, state = SharedInput.taken, (dtype, _version(x), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        last = _Last.here()
+        taken, state = last.taken, (dtype, _version(x), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if taken is not None and taken.source() is x and taken.state == state:
             found = taken.products.pop(id(layer), None)
             if not taken.products:
-                self.forget()
+                last.forget()
             if found is not None and found[0] == _state_of_a(layer):
                 return taken.through, found[1]
-        return self._multiply(layer, x, state)
+        return self._multiply(layer, x, state, last)
 
-    def _multiply(self, layer: LoRALinear, x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def _multiply(self, layer: LoRALinear, x: Tensor, state: tuple[Any, ...], last: _Last) -> tuple[Tensor, Tensor]:
         dropout = layer.dropout()
         together = [layer]
         if any(other is layer for other in self.layers):  # else it is a copy, such as a replica on another device
             together += [o for o in self.layers if o is not layer and o.enabled and o.training and o.active and o.dropout() == dropout]
-        # What follows a backward may be an optimizer step, so nothing stays beyond it.
-        through, (h, *others) = shared_down(x.to(state[0]), [other.low() for other in together], dropout, after=self.forget)
+        # What follows a backward may be an optimizer step, so nothing stays beyond it. Backward may run in another thread, as on a GPU.
+        through, (h, *others) = shared_down(x.to(state[0]), [other.low() for other in together], dropout, after=last.forget)
         products = {id(other): (_state_of_a(other), product) for other, product in zip(together[1:], others, strict=True)}
-        SharedInput.taken = _Taken(weakref.ref(x), state, through, products) if products else None
+        last.taken = _Taken(weakref.ref(x), state, through, products) if products else None
         return through, h
 
 

@@ -71,6 +71,9 @@ void store(bf16* at, __m512 first, __m512 second) { _mm512_storeu_si512(at, (__m
 
 __mmask16 lanes(i64 count) { return count >= LANES ? 0xffff : static_cast<__mmask16>((1u << std::max<i64>(count, 0)) - 1); }
 
+// Asks for the line of `at`, which may lie past the end: rows are read in an order that the CPU does not foresee.
+void prefetch(const bf16* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
 // sum += a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] in each lane i
 __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
@@ -159,6 +162,9 @@ inline void product(Sums& sums, const bf16* rows, i64 stride, const uint32_t* bl
     for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (i64 k = 0; k < pairs; k += 2) {
         __m512i even = _mm512_load_si512(block + k * LANES), odd = _mm512_load_si512(block + (k + 1) * LANES);
+        if (k % 16 == 0)
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) prefetch(rows + (ROWS + i) * stride + 2 * k);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
             sums[i][0] = dot(sums[i][0], both(rows + i * stride + 2 * k), even);
@@ -202,6 +208,7 @@ inline void add_product(bf16* y, i64 n, i64 rows, const bf16* h, const uint32_t*
         for (int i = 0; i < ROWS; i++) {
             if (i >= rows) break;
             bf16* at = y + i * n + column;
+            prefetch(at + ROWS * n);
             __m512 first = _mm512_fmadd_ps(_mm512_set1_ps(scale), sums[i][0], load(at));
             __m512 second = _mm512_fmadd_ps(_mm512_set1_ps(scale), sums[i][1], load(at + LANES));
             if constexpr (GAIN) {
@@ -221,6 +228,8 @@ inline void outer(const bf16* g, i64 stride, i64 rows, i64 n, const uint32_t* h,
         for (i64 t = 0; t < pairs; t++) {  // each line of G is read once, and lies in order then
             const bf16* even = g + 2 * t * stride + column;
             const bool there = 2 * t + 1 < rows;
+            prefetch(even + 2 * LANES);
+            prefetch(even + stride + 2 * LANES);
             for (i64 half = 0; half < 2; half++) {
                 __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + half * LANES));
                 __m256i high = there ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + stride + half * LANES)) : _mm256_setzero_si256();
@@ -242,6 +251,21 @@ inline void outer(const bf16* g, i64 stride, i64 rows, i64 n, const uint32_t* h,
                 for (int j = 0; j < LANES; j++) _mm512_storeu_ps(at + j * n, sums[j]);
             }
     }
+}
+
+// scaled (rows, n) = gain * G and sum (n) += sum_t G y, unless that is null, for up to ROWS rows.
+inline void scale_columns(const bf16* g, const bf16* y, const float* gain, bf16* scaled, float* sum, i64 rows, i64 n) {
+    for (i64 i = 0; i < rows * n; i += n)
+        for (i64 column = 0; column < n; column += 2 * LANES) {
+            const __m512 first = load(g + i + column), second = load(g + i + column + LANES);
+            if (sum != nullptr) {
+                float *to = sum + column, *next = to + LANES;
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(first, load(y + i + column), _mm512_loadu_ps(to)));
+                _mm512_storeu_ps(next, _mm512_fmadd_ps(second, load(y + i + column + LANES), _mm512_loadu_ps(next)));
+            }
+            const __m512 gains = _mm512_loadu_ps(gain + column), others = _mm512_loadu_ps(gain + column + LANES);
+            store(scaled + i + column, _mm512_mul_ps(first, gains), _mm512_mul_ps(second, others));
+        }
 }
 
 // What all threads have summed at [row][column], of parts that lie `apart` numbers apart.
@@ -368,25 +392,14 @@ void output_backward(
 #pragma omp barrier
         for (i64 t = mine.from; t < mine.to; t += BLOCK) {
             const i64 rows = std::min(BLOCK, m - t);
-            if (gain != nullptr)
-                for (i64 i = t * n; i < (t + rows) * n; i += n)
-                    for (i64 column = 0; column < n; column += 2 * LANES) {
-                        __m512 first = load(g + i + column), second = load(g + i + column + LANES);
-                        float *at = sum_m + column, *next = at + LANES;
-                        if (dm != nullptr) {
-                            _mm512_storeu_ps(at, _mm512_fmadd_ps(first, load(y + i + column), _mm512_loadu_ps(at)));
-                            _mm512_storeu_ps(next, _mm512_fmadd_ps(second, load(y + i + column + LANES), _mm512_loadu_ps(next)));
-                        }
-                        first = _mm512_mul_ps(first, _mm512_loadu_ps(gain + column));
-                        store(scaled + i + column, first, _mm512_mul_ps(second, _mm512_loadu_ps(gain + column + LANES)));
-                    }
-            if (dh != nullptr)
-                for (i64 i = t; i < t + rows; i += ROWS) {
-                    const i64 some = std::min(ROWS, t + rows - i);
-                    const bool as_is = some == ROWS;
-                    if (!as_is) drop(factor + i * n, nullptr, some, ROWS, n, copy);
-                    times_factor(as_is ? factor + i * n : copy, as_is ? n : n + PADDING, some, packed, pairs, r, scale_h, dh + i * r);
-                }
+            for (i64 i = t; i < t + rows; i += ROWS) {
+                const i64 some = std::min(ROWS, t + rows - i);
+                if (gain != nullptr) scale_columns(g + i * n, y + i * n, gain, scaled + i * n, dm == nullptr ? nullptr : sum_m, some, n);
+                if (dh == nullptr) continue;
+                const bool as_is = some == ROWS;
+                if (!as_is) drop(factor + i * n, nullptr, some, ROWS, n, copy);
+                times_factor(as_is ? factor + i * n : copy, as_is ? n : n + PADDING, some, packed, pairs, r, scale_h, dh + i * r);
+            }
             if (db != nullptr) {
                 pack_pairs(h + t * stride, stride, rows, r, width, left);
                 outer(factor + t * n, n, rows, n, left, width, sum_b, t == mine.from);

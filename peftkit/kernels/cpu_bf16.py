@@ -55,13 +55,17 @@ def serves(x: Tensor, a: Sequence[Tensor] = (), b: Tensor | None = None, h: Tens
     rows, width = x.shape
     if rows < FEWEST_ROWS or width % 32:
         return False
-    if not all(_is_master(factor) and factor.shape[1] == width for factor in a):
-        return False
-    if b is not None and not (_is_master(b) and b.shape[0] == width):
-        return False
+    r = 0
+    for factor in a:
+        if not _is_master(factor) or factor.shape[1] != width:
+            return False
+        r += factor.shape[0]
+    if b is not None:
+        if not _is_master(b) or b.shape[0] != width:
+            return False
+        r = b.shape[1]
     if magnitude is not None and not (_is_master(magnitude) and magnitude.shape == (width,)):
         return False
-    r = sum(factor.shape[0] for factor in a) if b is None else b.shape[1]
     return h is None or (h.dtype == torch.bfloat16 and h.is_cpu and h.shape == (rows, r))
 
 
@@ -314,9 +318,10 @@ def output_backward(
     grad_h = grad.new_empty(m, r) if need_h else None
     grad_b = torch.empty_like(b) if need_b else None
     grad_m = None if y is None else b.new_empty(n)
+    made = [None if tensor is None else tensor.data_ptr() for tensor in (scaled, grad_m, grad_h, grad_b)]
     _kernels().output_backward(
-        _at(grad, _BF16, m, n), _at(y, _BF16, m, n), _at(magnitude, _FP32, n), _at(gain, _FP32, n), scaled.data_ptr(), _at(grad_m, _FP32, n),
-        at, stride, _at(b, _FP32, n, r), _at(grad_h, _BF16, m, r), _at(grad_b, _FP32, n, r), m, n, r, scale, scale_h, _threads(m, n * (r + 16)),
+        _at(grad, _BF16, m, n), _at(y, _BF16, m, n), _at(magnitude, _FP32, n), _at(gain, _FP32, n), *made[:2],
+        at, stride, _at(b, _FP32, n, r), *made[2:], m, n, r, scale, scale_h, _threads(m, n * (r + 16)),
     )  # fmt: skip
     return scaled, grad_h, grad_b, grad_m
 

@@ -130,9 +130,9 @@ void pad(const bf16* from, i64 stride, i64 rows, i64 width, bf16* to, i64 to_str
     }
 }
 
-// Rows of k numbers, zero where they are dropped, and zero for rows [rows, all); they lie k + PADDING apart.
-void drop(const bf16* from, const uint32_t* kept, i64 rows, i64 all, i64 k, bf16* to) {
-    for (i64 i = 0; i < all; i++, to += k + PADDING)
+// ROWS rows of k numbers, zero where they are dropped and beyond `rows` of them; they lie k + PADDING apart.
+void drop(const bf16* from, const uint32_t* kept, i64 rows, i64 k, bf16* to) {
+    for (i64 i = 0; i < ROWS; i++, to += k + PADDING)
         for (i64 column = 0; column < k; column += 32) {
             const uint32_t some = i >= rows ? 0 : kept == nullptr ? ~0u : kept[(i * k + column) / 32];
             _mm512_storeu_si512(to + column, _mm512_maskz_loadu_epi16(some, from + i * k + column));
@@ -220,19 +220,21 @@ inline void add_product(bf16* y, i64 n, i64 rows, const bf16* h, const uint32_t*
     }
 }
 
-// sum (width, n) += h^T G for up to BLOCK rows of G (rows, n), or = where `first`; h as `pack_pairs` gives it.
-inline void outer(const bf16* g, i64 stride, i64 rows, i64 n, const uint32_t* h, i64 width, float* sum, bool first) {
+// sum (width, n) += h^T d(G) for up to BLOCK rows of G (rows, n), or = where `first`; h as `pack_pairs` gives it.
+template <bool DROPOUT>
+inline void outer(const bf16* g, const uint32_t* kept, i64 rows, i64 n, const uint32_t* h, i64 width, float* sum, bool first) {
     alignas(64) uint32_t columns[BLOCK / 2][2][LANES];
     const i64 pairs = (rows + 1) / 2;
     for (i64 column = 0; column < n; column += 2 * LANES) {
         for (i64 t = 0; t < pairs; t++) {  // each line of G is read once, and lies in order then
-            const bf16* even = g + 2 * t * stride + column;
+            const i64 at = 2 * t * n + column;
             const bool there = 2 * t + 1 < rows;
-            prefetch(even + 2 * LANES);
-            prefetch(even + stride + 2 * LANES);
+            const uint32_t even = DROPOUT ? kept[at / 32] : ~0u, odd = !there ? 0 : DROPOUT ? kept[(at + n) / 32] : ~0u;
+            prefetch(g + at + 2 * LANES);
+            prefetch(g + at + n + 2 * LANES);
             for (i64 half = 0; half < 2; half++) {
-                __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + half * LANES));
-                __m256i high = there ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + stride + half * LANES)) : _mm256_setzero_si256();
+                __m256i low = _mm256_maskz_loadu_epi16(even >> half * LANES, g + at + half * LANES);
+                __m256i high = _mm256_maskz_loadu_epi16(odd >> half * LANES, g + at + n + half * LANES);
                 _mm512_store_si512(columns[t][half], paired(low, high));
             }
         }
@@ -306,9 +308,10 @@ void draw(uint32_t* kept, i64 words, uint64_t seed, uint32_t dropped, int thread
     const __m512i limit = _mm512_set1_epi32(dropped);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 from = 0; from < words; from += STRETCH) {
-        Random random(seed ^ static_cast<uint64_t>(from) * 0xd1342543de82ef95);
+        const uint64_t start = seed ^ static_cast<uint64_t>(from) * 0xd1342543de82ef95;
+        Random one(start), other(~start);  // two, each of which waits for its own last step only
         for (i64 i = from; i < std::min(words, from + STRETCH); i++) {
-            const uint32_t low = _mm512_cmpge_epu32_mask(random.next(), limit), high = _mm512_cmpge_epu32_mask(random.next(), limit);
+            const uint32_t low = _mm512_cmpge_epu32_mask(one.next(), limit), high = _mm512_cmpge_epu32_mask(other.next(), limit);
             kept[i] = low | high << 16;
         }
     }
@@ -334,7 +337,7 @@ void down(const bf16* x, const float* a, bf16* h, const uint32_t* kept, i64 m, i
         for (i64 t = mine.from; t < mine.to; t += ROWS) {
             const i64 rows = std::min(ROWS, m - t);
             const bool as_is = kept == nullptr && rows == ROWS;
-            if (!as_is) drop(x + t * k, kept == nullptr ? nullptr : kept + t * k / 32, rows, ROWS, k, copy);
+            if (!as_is) drop(x + t * k, kept == nullptr ? nullptr : kept + t * k / 32, rows, k, copy);
             times_factor(as_is ? x + t * k : copy, as_is ? k : k + PADDING, rows, packed, pairs, r, scale, h + t * r);
         }
     }
@@ -397,12 +400,12 @@ void output_backward(
                 if (gain != nullptr) scale_columns(g + i * n, y + i * n, gain, scaled + i * n, dm == nullptr ? nullptr : sum_m, some, n);
                 if (dh == nullptr) continue;
                 const bool as_is = some == ROWS;
-                if (!as_is) drop(factor + i * n, nullptr, some, ROWS, n, copy);
+                if (!as_is) drop(factor + i * n, nullptr, some, n, copy);
                 times_factor(as_is ? factor + i * n : copy, as_is ? n : n + PADDING, some, packed, pairs, r, scale_h, dh + i * r);
             }
             if (db != nullptr) {
                 pack_pairs(h + t * stride, stride, rows, r, width, left);
-                outer(factor + t * n, n, rows, n, left, width, sum_b, t == mine.from);
+                outer<false>(factor + t * n, nullptr, rows, n, left, width, sum_b, t == mine.from);
             }
         }
 #pragma omp barrier
@@ -439,9 +442,9 @@ void input_backward(
                 for (i64 pair = 0; pair < pairs; pair++) pack_columns(a, k, r, block, pair, pairs, packed);
         }
         const i64 left_bytes = BLOCK / 2 * width * sizeof(uint32_t), padded_bytes = round_up(ROWS * 2 * pairs * sizeof(bf16), 64);
-        char* own = for_one.of(left_bytes + padded_bytes + (kept == nullptr ? 0 : BLOCK * (k + PADDING) * sizeof(bf16)));
+        char* own = for_one.of(left_bytes + padded_bytes);
         uint32_t* left = reinterpret_cast<uint32_t*>(own);
-        bf16 *padded = reinterpret_cast<bf16*>(own + left_bytes), *copy = reinterpret_cast<bf16*>(own + left_bytes + padded_bytes);
+        bf16* padded = reinterpret_cast<bf16*>(own + left_bytes);
         float* sum = sums + omp_get_thread_num() * each;
         Share mine(m, BLOCK);
         if (da != nullptr && mine.from == mine.to) std::memset(sum, 0, each * sizeof(float));
@@ -450,9 +453,9 @@ void input_backward(
             const i64 rows = std::min(BLOCK, m - t);
             const uint32_t* some_kept = kept == nullptr ? nullptr : kept + t * k / 32;
             if (da != nullptr) {
-                if (kept != nullptr) drop(x + t * k, some_kept, rows, rows, k, copy);
                 pack_pairs(dh + t * r, r, rows, r, width, left);
-                outer(kept == nullptr ? x + t * k : copy, kept == nullptr ? k : k + PADDING, rows, k, left, width, sum, t == mine.from);
+                if (kept == nullptr) outer<false>(x + t * k, nullptr, rows, k, left, width, sum, t == mine.from);
+                else outer<true>(x + t * k, some_kept, rows, k, left, width, sum, t == mine.from);
             }
             if (dx != nullptr)
                 for (i64 i = 0; i < rows; i += ROWS) {

@@ -87,7 +87,7 @@ def gpu(model: Path, kernels: Path, small: Path) -> str:
     found, parts, little = (json.loads(path.read_text()) for path in (model, kernels, small))
     rows = [
         ["QDoRA" if row["dora"] else "QLoRA", "yes" if row["checkpointing"] else "no", row["who"], f"{row['median_seconds']:.3f}",
-         f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f}"]
+         f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f}", row.get("commit", found["commit"]).split()[0]]
         for row in sorted(found["rows"], key=lambda row: (row["dora"], row["checkpointing"], row["who"]))
     ]  # fmt: skip
     by_kernel: dict[str, list[float]] = {}
@@ -104,10 +104,11 @@ def gpu(model: Path, kernels: Path, small: Path) -> str:
     versions = found["versions"]
     return "\n\n".join([
         f"{found['machine']['gpu']}, bfloat16; torch {versions['torch']}, CUDA {versions['cuda']}, triton {versions['triton']}, peft {versions['peft']}, "
-        f"bitsandbytes {versions['bitsandbytes']}, transformers {versions['transformers']}; commit {found['commit']}.",
+        f"bitsandbytes {versions['bitsandbytes']}, transformers {versions['transformers']}.",
         f"**A step of an 8B-shaped Llama** (random weights, NF4 with double quantisation, r = {found['r']}, {found['tokens']:,} tokens, batch 1, AdamW):",
-        table(["method", "checkpointing", "who", "seconds", "tokens/s", "peak GiB"], rows),
-        "**The Triton kernels against plain torch**, times faster, over the linears of that model and 512 to 8,192 tokens:",
+        table(["method", "checkpointing", "who", "seconds", "tokens/s", "peak GiB", "commit"], rows),
+        f"**The Triton kernels against plain torch**, times faster, over the linears of that model, 512 to 8,192 tokens and "
+        f"r = {', '.join(map(str, sorted({row['r'] for row in parts['rows']})))}:",
         table(["kernel", "least", "median", "most"], faster),
         f"**Small work**: few layers on {little['batch'][0]} x {little['batch'][1]} tokens have so little to compute that a step is the launching of "
         f"kernels (commit {little['commit']}). What counts there is the number of launches and Python's time for each; no adapter is near the base:",

@@ -643,8 +643,10 @@ def test_nowhere_to_compile_is_plain_torch(tmp_path):
 
 @needs_kernels
 def test_the_first_use_may_be_where_tensors_are_made_elsewhere(tmp_path):
-    done = run(STEP.replace("r=4", "r=4, dropout=0.1").replace('layers["up"].train()', 'x = torch.ones(40, 64, dtype=torch.bfloat16)\ntorch.set_default_device("meta")\nlayers["up"].train()', 1)
-        .replace("(torch.ones(40, 64, dtype=torch.bfloat16))", "(x)", 1), XDG_CACHE_HOME=str(tmp_path))  # fmt: skip
+    on_the_cpu = "torch.ones(40, 64, dtype=torch.bfloat16)"
+    code = STEP.replace("r=4", "r=4, dropout=0.1").replace(on_the_cpu, "x")
+    code = code.replace('layers["up"]', f'x = {on_the_cpu}\ntorch.set_default_device("meta")\nlayers["up"]', 1)
+    done = run(code, XDG_CACHE_HOME=str(tmp_path))
     assert done.stdout.split() == ["used", "True"], done.stderr
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -559,29 +558,29 @@ def test_a_trace_computes_what_the_layer_does(method, training):
 # ------------------------------------------------------------------------------------------------------ how they come
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
-
-
-STEP = """
-import logging, torch, peftkit as pk
-from peftkit.kernels import cpu_bf16
-logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-layers = torch.nn.ModuleDict({"up": torch.nn.Linear(64, 64, dtype=torch.bfloat16)})
-pk.attach(layers, pk.LoRA(r=4))
-layers["up"].train()(torch.ones(40, 64, dtype=torch.bfloat16)).sum().backward()
-print("used" if cpu_bf16.library() is not None else "plain", layers["up"].b().grad.abs().sum().item() > 0)
-"""
+def step_again(monkeypatch, caplog, **environment: str) -> str:
+    """A training step as a process's first use of the kernels: what the log says of it, and whether they were used."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    library = functools.cache(cpu_bf16.library.__wrapped__)
+    monkeypatch.setattr(cpu_bf16, "library", library)
+    layers = torch.nn.ModuleDict({"up": torch.nn.Linear(64, 64, dtype=BF16)})
+    pk.attach(layers, pk.LoRA(r=4, dropout=0.1))
+    x = random(40, 64, seed=0)
+    with caplog.at_level(logging.INFO, cpu_bf16.__name__), torch.device("meta"):  # wherever tensors are made by default
+        layers["up"].train()(x).sum().backward()
+    assert layers["up"].b().grad.any()
+    return f"{'used' if library() is not None else 'plain'} {caplog.text}"
 
 
 @needs_kernels
-def test_they_are_compiled_once_for_a_machine(tmp_path):
+def test_they_are_compiled_once_for_a_machine(tmp_path, monkeypatch, caplog):
+    made = []
     for _ in range(2):
-        done = run(STEP, XDG_CACHE_HOME=str(tmp_path))
-        assert done.stdout.split() == ["used", "True"], done.stderr
+        assert step_again(monkeypatch, caplog, XDG_CACHE_HOME=str(tmp_path)) == "used "
         (library,) = (tmp_path / "peftkit" / "kernels").iterdir()
-        made = library.stat().st_mtime_ns if _ == 0 else made  # noqa: F821 - of the first round
-        assert library.stat().st_mtime_ns == made
+        made.append(library.stat().st_mtime_ns)
+    assert made[0] == made[1]
 
 
 def script(path: Path, text: str) -> str:
@@ -603,51 +602,38 @@ OLD = "#!/bin/sh\n[ $1 = --version ] && echo Free Software Foundation && exit\ne
     ],
     ids=["clang", "too old", "no program"],
 )
-def test_without_a_compiler_plain_torch_serves(compiler, told, tmp_path):
-    done = run(STEP, XDG_CACHE_HOME=str(tmp_path), CXX=script(tmp_path / "the g++", compiler).replace(" ", "\\ "), PATH="/nonexistent")
-    assert done.stdout.split() == ["plain", "True"], done.stderr
-    assert "INFO the kernels for bf16 on this CPU are not used (" in done.stderr and told in done.stderr
+def test_without_a_compiler_plain_torch_serves(compiler, told, tmp_path, monkeypatch, caplog):
+    named = script(tmp_path / "the g++", compiler).replace(" ", "\\ ")
+    found = step_again(monkeypatch, caplog, XDG_CACHE_HOME=str(tmp_path), CXX=named, PATH="/nonexistent")
+    assert found.startswith("plain INFO") and "the kernels for bf16 on this CPU are not used (" in found and told in found
 
 
 @needs_kernels
 @pytest.mark.parametrize("named", ["/nonexistent/c++", "g++ -pipe"])
-def test_the_compiler_may_be_named_with_options_and_is_found_anyway(named, tmp_path):
-    done = run(STEP, XDG_CACHE_HOME=str(tmp_path), CXX=named)
-    assert done.stdout.split() == ["used", "True"], done.stderr
+def test_the_compiler_may_be_named_with_options_and_is_found_anyway(named, tmp_path, monkeypatch, caplog):
+    assert step_again(monkeypatch, caplog, XDG_CACHE_HOME=str(tmp_path), CXX=named) == "used "
 
 
 @needs_kernels
 @pytest.mark.parametrize("why", ["a file in its place", "others may write to it", "no home"])
-def test_a_cache_that_cannot_be_used_costs_a_second_and_a_warning(why, tmp_path):
-    code, environment = STEP, {"XDG_CACHE_HOME": str(tmp_path)}
+def test_a_cache_that_cannot_be_used_costs_a_second_and_a_warning(why, tmp_path, monkeypatch, caplog):
     if why == "a file in its place":
         (tmp_path / "peftkit").write_text("a file, no folder")
     elif why == "others may write to it":
         (tmp_path / "peftkit" / "kernels").mkdir(parents=True)
         (tmp_path / "peftkit" / "kernels").chmod(0o777)
     else:
-        code = STEP.replace("layers =", "cpu_bf16.Path.expanduser = lambda self: (_ for _ in ()).throw(RuntimeError('no home'))\nlayers =", 1)
-    done = run(code, **environment)
-    assert done.stdout.split() == ["used", "True"], done.stderr
-    assert "compiled into a temporary folder" in done.stderr
+        monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+    found = step_again(monkeypatch, caplog, XDG_CACHE_HOME=str(tmp_path))
+    assert found.startswith("used WARNING") and "compiled into a temporary folder" in found
 
 
 @needs_kernels
-def test_nowhere_to_compile_is_plain_torch(tmp_path):
-    code = STEP.replace("layers =", "import tempfile; tempfile.tempdir = '/nonexistent'\nlayers =", 1)
+def test_nowhere_to_compile_is_plain_torch(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     (tmp_path / "peftkit").write_text("a file, no folder")
-    done = run(code, XDG_CACHE_HOME=str(tmp_path))
-    assert done.stdout.split() == ["plain", "True"], done.stderr
-    assert "FileNotFoundError" in done.stderr
-
-
-@needs_kernels
-def test_the_first_use_may_be_where_tensors_are_made_elsewhere(tmp_path):
-    on_the_cpu = "torch.ones(40, 64, dtype=torch.bfloat16)"
-    code = STEP.replace("r=4", "r=4, dropout=0.1").replace(on_the_cpu, "x")
-    code = code.replace('layers["up"]', f'x = {on_the_cpu}\ntorch.set_default_device("meta")\nlayers["up"]', 1)
-    done = run(code, XDG_CACHE_HOME=str(tmp_path))
-    assert done.stdout.split() == ["used", "True"], done.stderr
+    found = step_again(monkeypatch, caplog, XDG_CACHE_HOME=str(tmp_path))
+    assert found.startswith("plain") and "FileNotFoundError" in found
 
 
 @pytest.mark.parametrize("folder", ["/my env/torch/lib", "/x/site-packages/torch.libs"])
@@ -666,12 +652,14 @@ def test_torch_s_openmp_is_found_among_others(folder, monkeypatch, tmp_path):
 
 
 @needs_kernels
-def test_a_damaged_file_in_the_cache_is_not_loaded(tmp_path):
-    assert run(STEP, XDG_CACHE_HOME=str(tmp_path)).returncode == 0
+def test_a_damaged_file_in_the_cache_is_not_loaded(tmp_path, monkeypatch, caplog):
+    assert step_again(monkeypatch, caplog, XDG_CACHE_HOME=str(tmp_path)) == "used "
     (library,) = (tmp_path / "peftkit" / "kernels").iterdir()
-    library.write_bytes(library.read_bytes()[:1000])
-    done = run(STEP, XDG_CACHE_HOME=str(tmp_path))
-    assert done.stdout.split() == ["used", "True"], done.stderr
+    whole = library.read_bytes()
+    library.unlink()  # it is mapped here
+    library.write_bytes(whole[:1000])
+    assert step_again(monkeypatch, caplog, XDG_CACHE_HOME=str(tmp_path)) == "used "
+    assert library.read_bytes() == whole
 
 
 @needs_kernels

@@ -1,10 +1,11 @@
-"""DoRA's arithmetic around the products (Liu et al. 2024, arXiv 2402.09353): in plain torch, or in Triton on a GPU.
+"""DoRA's arithmetic around the products (Liu et al. 2024, arXiv 2402.09353): in plain torch, in Triton, or in C++.
 
     y <- g * (y + s h B^T) + b,  g = m / n,  n = |W + s B A|_row
 
     y (tokens, out)   h (tokens, r)   A (r, in)   B (out, r)   W (out, in)   m, n, g, b (out,)
 
-Every function chooses by the device of its tensors. Triton is imported at the first use on a GPU and never otherwise.
+Every function chooses by its tensors: Triton on a GPU, imported at the first use there and never otherwise, the kernels of
+`cpu_bf16` where those serve, plain torch elsewhere.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ GPU zeros are drawn where they are used.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,9 +83,7 @@ class Dropout(NamedTuple):
         if self.places is not None:
             x.view(-1).index_fill_(0, self.places, 0)
         elif self._by_triton(x):
-            from peftkit.kernels import triton_dropout
-
-            triton_dropout.drop(x, self.p, self.seed, out=x)
+            _triton().drop(x, self.p, self.seed, out=x)
         elif self.p:
             generator = torch.Generator(x.device).manual_seed(self.seed)
             x.mul_(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p, generator=generator))
@@ -94,30 +92,31 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """x with the dropped elements zero: a new contiguous tensor, or x itself where nothing is dropped."""
         if self._by_triton(x):
-            from peftkit.kernels import triton_dropout
-
-            return triton_dropout.drop(x.contiguous(), self.p, self.seed)
+            return _triton().drop(x.contiguous(), self.p, self.seed)
         return self.zero_(x.clone(memory_format=torch.contiguous_format)) if self.p else x
 
     def add_to_(self, y: Tensor, update: Tensor) -> Tensor:
         """y <- y + d(update), in place, for a contiguous y like the update, which is used up."""
         if self._by_triton(update):
-            from peftkit.kernels import triton_dropout
-
-            return triton_dropout.add_(y, update, self.p, self.seed)
+            return _triton().add_(y, update, self.p, self.seed)
         return y.add_(self.zero_(update))
 
     def of_both(self, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         """d(x), and y <- y + d(update) in place, for a contiguous y like x and the update, which is used up."""
         if self._by_triton(x):
-            from peftkit.kernels import triton_dropout
-
-            return triton_dropout.drop_and_add_(x.contiguous(), y, update, self.p, self.seed)
+            return _triton().drop_and_add_(x.contiguous(), y, update, self.p, self.seed)
         self.add_to_(y, update)
         return self(x)
 
     def _by_triton(self, x: Tensor) -> bool:
         return bool(self.p) and self.places is None and triton_serves(x, 1)
+
+
+def _triton() -> Any:
+    """The kernels for GPUs, imported at their first use there."""
+    from peftkit.kernels import triton_dropout
+
+    return triton_dropout
 
 
 def draw_seed(dropout: float) -> int:
